@@ -1,0 +1,250 @@
+"""The command line: pyro-vae fit | evaluate | generate | demo.
+
+Commands import what they need when they run, so that --help answers at once. A user's mistake ends with exit code 2 and one
+line; `--debug` before the command shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+class Sizes(click.ParamType):
+    """Widths such as 400 or 200,200."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """'200,200' -> (200, 200)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            self.fail(f"{value!r} must be whole numbers of at least 1 with commas between, such as 200,200.", param, ctx)
+        return sizes
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="pyro-vae")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def app(*, debug: bool) -> None:
+    r"""Variational auto-encoders as Pyro programs: fit them, and say how likely data are.
+
+    \b
+    Examples:
+      pyro-vae demo
+      pyro-vae fit digits --latent 8 --transform dequantise --out runs/a
+      pyro-vae evaluate runs/a --method guide --particles 5000
+      pyro-vae generate runs/a -n 64 --out samples.png
+    """
+
+
+@app.command()
+@click.argument("data")
+@click.option("--out", type=FOLDER, required=True, help="Folder of the run. The same command again resumes it.")
+@click.option("--latent", default=20, help="Latent dimensions.")
+@click.option("--likelihood", type=click.Choice(["normal", "bernoulli"]), default="normal", help="p(x | z).")
+@click.option("--scale", default="learned", help="Of the normal: learned, per-dimension, network, or a number.")
+@click.option("--guide", type=click.Choice(["diagonal", "full"]), default="diagonal", help="Covariance of q(z | x).")
+@click.option("--hidden", type=Sizes(), default="400", help="Hidden layers of the encoder; the decoder mirrors them.")
+@click.option(
+    "--transform",
+    type=click.Choice(["none", "binarise", "threshold", "dequantise"]),
+    default="none",
+    help="Of each batch: draw or cut to 0 and 1, or spread grey levels uniformly.",
+)
+@click.option("--beta", default=1.0, help="Weight of the KL in the objective.")
+@click.option("--epochs", default=40, help="Passes over the training rows.")
+@click.option("--batch-size", default=128, help="Rows a step.")
+@click.option("--lr", default=1e-3, help="Learning rate of Adam.")
+@click.option("--clip-norm", type=float, help="Largest norm of the gradient.")
+@click.option("--patience", type=int, help="Stop after so many epochs without a better validation ELBO.")
+@click.option("--valid", default=0.1, help="Fraction of the rows for validation.")
+@click.option("--test", default=0.1, help="Fraction held out; data with a test set of their own use that.")
+@click.option("--seed", default=0, help="Of the split, the weights, the order and the noise.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--log-dir", type=FOLDER, help="Write TensorBoard scalars here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **options: Any) -> None:
+    r"""Fit a VAE to DATA: digits, mnist, fashion-mnist, a folder of IDX files, or a .npy, .npz, .csv or .parquet file.
+
+    \b
+    Examples:
+      pyro-vae fit digits --latent 8 --transform dequantise --epochs 100 --out runs/digits
+      pyro-vae fit mnist --likelihood bernoulli --transform binarise --hidden 200,200 --out runs/binary
+      pyro-vae fit table.csv --latent 3 --scale per-dimension --guide full --out runs/table
+    """
+    from pyro_vae.learning.fit import fit as run_fit
+    from pyro_vae.learning.objectives import ELBO
+    from pyro_vae.report import plots
+    from pyro_vae.runs import Arguments, Run
+
+    arguments = Arguments(**options)
+    # Data and model first: a mistake in either leaves no folder behind.
+    data, splits = Run(out, arguments).data()
+    vae = Run(out, arguments).build(data)
+    run = Run.begin(out, arguments)
+    history = run_fit(
+        vae,
+        splits.train.x,
+        splits.valid.x,
+        objective=ELBO(beta=arguments.beta),
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        seed=arguments.seed,
+        device=device,
+        clip_norm=arguments.clip_norm,
+        transform=run.transform(data),
+        patience=arguments.patience,
+        checkpoint=out,
+        log_dir=log_dir,
+    )
+    run.finish(vae, history)
+    plots.save(plots.learning_curve(history), out / "learning_curve.png")
+    _say(as_json, {"out": str(out), **history.to_dict()}, f"{history}\nsaved in {out}")
+
+
+@app.command()
+@click.argument("run", type=FOLDER)
+@click.option("--method", type=click.Choice(["guide", "prior", "exact"]), default="guide", help="How.")
+@click.option("--particles", type=int, help="Particles a row; by default the method's own number.")
+@click.option("--seed", default=0, help="Of the draws.")
+@click.option("--rows", type=int, help="Only the first so many held-out rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def evaluate(*, run: Path, method: str, particles: int | None, seed: int, rows: int | None, as_json: bool) -> None:
+    r"""Estimate log p(x) of the held-out rows of RUN; writes RUN/evidence.csv.
+
+    \b
+    Examples:
+      pyro-vae evaluate runs/a
+      pyro-vae evaluate runs/a --method guide --particles 5000 --json
+    """
+    from rich.progress import Progress
+
+    from pyro_vae import evidence, posterior
+    from pyro_vae.files import write_bytes
+    from pyro_vae.rows import positive
+    from pyro_vae.runs import Run
+
+    folder, opened = run, Run.open(run)
+    if rows is not None:
+        positive(rows=rows)
+    methods: dict[str, Any] = {"guide": posterior.from_guide, "prior": posterior.from_prior, "exact": evidence.exact}
+    vae = opened.fitted()
+    x = opened.view(opened.data()[1].test.x)[:rows]
+    with Progress(disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("log p(x), rows", total=len(x))
+        estimate = evidence.log_evidence(
+            vae,
+            x,
+            method=methods[method],
+            num_particles=particles,
+            seed=seed,
+            on_block=lambda done: bar.update(task, completed=done),
+        )
+    write_bytes(folder / "evidence.csv", estimate.to_dataframe().to_csv(index=False).encode())
+    about = {
+        "run": str(folder),
+        "method": method,
+        "rows": len(estimate),
+        "mean": estimate.mean,
+        "mean_standard_error": estimate.mean_standard_error,
+        "data_standard_error": estimate.data_standard_error,
+        "mean_bias": float(estimate.bias.mean()),
+        "reliable": int(estimate.reliable.sum()),
+    }
+    _say(as_json, about, f"{estimate}\nrows are in {folder / 'evidence.csv'}")
+
+
+@app.command()
+@click.argument("run", type=FOLDER)
+@click.option("-n", "count", default=64, help="Number of rows.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A .png, .npy or .csv file.")
+@click.option("--seed", default=0, help="Of the draws.")
+@click.option("--mean", is_flag=True, help="Draw E[x | z] instead of x ~ p(x | z).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def generate(*, run: Path, count: int, out: Path, seed: int, mean: bool, as_json: bool) -> None:
+    r"""Draw rows from the VAE of RUN.
+
+    \b
+    Examples:
+      pyro-vae generate runs/a -n 64 --out samples.png
+      pyro-vae generate runs/a -n 1000 --out samples.npy
+    """
+    import io
+
+    import numpy as np
+
+    from pyro_vae.files import write_bytes
+    from pyro_vae.report import plots
+    from pyro_vae.runs import Run
+
+    if out.suffix not in (".png", ".npy", ".csv"):
+        raise ValueError(f"--out {out} must end in .png, .npy or .csv.")
+    opened = Run.open(run)
+    rows = opened.fitted().generate(count, seed=seed, noise=not mean)
+    if out.suffix == ".png":
+        shape = opened.data()[0].shape
+        if len(shape) < 2:
+            raise ValueError(f"Rows of shape {shape} are no pictures: give --out a .npy or .csv file.")
+        plots.save(plots.images(rows, shape, title="Samples"), out)
+    else:
+        buffer = io.BytesIO()
+        if out.suffix == ".npy":
+            np.save(buffer, rows.numpy(), allow_pickle=False)
+        else:
+            np.savetxt(buffer, rows.flatten(1).numpy(), delimiter=",")
+        write_bytes(out, buffer.getvalue())
+    _say(as_json, {"out": str(out), "rows": count}, f"{count} rows are in {out}")
+
+
+@app.command()
+@click.option("--out", type=FOLDER, default=Path("runs/demo"), help="Folder for the model, the history and the figures.")
+@click.option("--epochs", default=150, help="Passes over the training rows.")
+@click.option("--seed", default=0, help="Of everything.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON as well.")
+def demo(*, out: Path, epochs: int, seed: int, as_json: bool) -> None:
+    """Fit a Gaussian VAE with learned s to scikit-learn's digits and say how likely held-out digits are."""
+    from pyro_vae.report.demo import run
+
+    result = run(out, seed=seed, epochs=epochs)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+def _say(as_json: bool, about: dict[str, Any], text: str) -> None:  # noqa: FBT001 - the flag of every command
+    click.echo(json.dumps(about) if as_json else text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 (a fit that failed), 2 (a mistake), 130 or 143 (stopped by a signal)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        app.main(words, prog_name="pyro-vae", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+    except click.ClickException as error:
+        _fail(2, error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        _fail(130, "stopped; where a run was begun, the same command resumes it.")
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if "--debug" in words:
+            raise
+        _fail(1 if isinstance(error, FloatingPointError) else 2, str(error))
+
+
+def _fail(code: int, message: str) -> None:
+    click.echo(f"pyro-vae: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)

@@ -1,0 +1,188 @@
+"""An estimate of log p(x), row by row, with what is known about its error."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_vae.evidence import weights
+from pyro_vae.posterior.particles import Particles
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MINIMUM_ESS = 10.0
+"""Below this many effective particles neither the estimate nor its error means anything."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """log p(x) of N rows, in nats. All tensors are (N,), float64 where not said otherwise.
+
+    Attributes:
+        log_p: the estimate.
+        standard_error: its Monte Carlo error, the rounding of the networks included.
+        bias: estimated expectation of log_p minus log p(x): negative for the log of a mean.
+        ess: effective number of particles.
+        pareto_k: k-hat of the weights, see `weights.pareto_k`; NaN where there are none.
+        lower: at most log p(x) in expectation; NaN where there is no such bound.
+        upper: at least log p(x) in expectation; NaN where there is no such bound.
+        evaluations: decoder runs spent on the row, integer.
+        engine: what answered.
+        reasons: N texts, why a row is not reliable; empty where it is.
+    """
+
+    log_p: Tensor
+    standard_error: Tensor
+    bias: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    lower: Tensor
+    upper: Tensor
+    evaluations: Tensor
+    engine: str
+    reasons: tuple[str, ...]
+
+    @classmethod
+    def from_particles(cls, particles: Particles) -> Estimate:
+        """The estimate that weighted particles make, reduced to one number a row."""
+        log_weights = particles.log_weights
+        # A decoder that overflows gives NaN: such a particle has no weight that could be believed, and the row says so.
+        broken = log_weights.isnan() | log_weights.isposinf()
+        clean = torch.where(broken, -torch.inf, log_weights)
+        log_p, ess, k = weights.log_mean_exp(clean), weights.ess(clean), weights.pareto_k(clean)
+        error = torch.hypot(weights.standard_error(clean), particles.rounding)
+        return cls(
+            log_p=log_p,
+            standard_error=torch.nan_to_num(error, nan=torch.inf),
+            bias=torch.nan_to_num(weights.bias(clean), nan=-torch.inf),
+            ess=ess,
+            pareto_k=k,
+            lower=log_p,
+            upper=torch.full_like(log_p, torch.nan),
+            evaluations=torch.full_like(log_p, particles.info.get("evaluations", 0)).long(),
+            engine=str(particles.info.get("engine", "particles")),
+            reasons=_judge(broken.sum(0), ess, k, len(log_weights)),
+        )
+
+    @classmethod
+    def known(cls, log_p: Tensor, standard_error: Tensor, engine: str, evaluations: int) -> Estimate:
+        """Values that carry rounding error alone, (N,): closed forms and quadrature."""
+        nothing = torch.full_like(log_p, torch.nan)
+        return cls(
+            log_p=log_p,
+            standard_error=standard_error,
+            bias=torch.zeros_like(log_p),
+            ess=nothing,
+            pareto_k=nothing,
+            lower=log_p,
+            upper=log_p,
+            evaluations=torch.full_like(log_p, evaluations).long(),
+            engine=engine,
+            reasons=("",) * len(log_p),
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Estimate]) -> Estimate:
+        """One estimate of all rows of `parts`, in order."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        tensors = {name: torch.cat(column) for name, column in columns.items() if name not in ("engine", "reasons")}
+        reasons = tuple(reason for part in parts for reason in part.reasons)
+        return cls(**tensors, engine=parts[0].engine, reasons=reasons)
+
+    def rows(self, count: int) -> Estimate:
+        """The first `count` rows."""
+        tensors = {f.name: getattr(self, f.name)[:count] for f in fields(self) if f.name not in ("engine", "reasons")}
+        return Estimate(**tensors, engine=self.engine, reasons=self.reasons[:count])
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.log_p)
+
+    @property
+    def reliable(self) -> Tensor:
+        """Which rows may be believed, boolean (N,): k-hat, effective particles and finiteness all pass."""
+        return torch.tensor([not reason for reason in self.reasons], device=self.log_p.device)
+
+    @property
+    def mean(self) -> float:
+        """Mean of log_p in nats over the rows that have a number (see `str`); -inf if one of them is impossible."""
+        return float(self.log_p[~self.log_p.isnan()].mean())
+
+    @property
+    def mean_standard_error(self) -> float:
+        """Monte Carlo error of `mean`: rows are independent."""
+        errors = self.standard_error[~self.log_p.isnan()]
+        return float(errors.square().sum().sqrt() / len(errors)) if len(errors) else math.nan
+
+    @property
+    def data_standard_error(self) -> float:
+        """Error of `mean` as an estimate for other data of the same kind: sd(log_p) / sqrt(N)."""
+        values = self.log_p[~self.log_p.isnan()]
+        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Ends of the interval log_p - bias +- z standard errors that covers log p(x) with probability `level`."""
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level={level} must lie between 0 and 1.")
+        z = math.sqrt(2.0) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        centre = self.log_p - self.bias
+        return centre - z * self.standard_error, centre + z * self.standard_error
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One line a row: row, log_p, standard_error, bias, lower, upper, ess, pareto_k, evaluations, engine, reliable."""
+        import pandas as pd
+
+        columns = ["log_p", "standard_error", "bias", "lower", "upper", "ess", "pareto_k", "evaluations"]
+        frame = pd.DataFrame({name: getattr(self, name).cpu().numpy() for name in columns})
+        frame.insert(0, "row", range(len(self)))
+        return frame.assign(engine=self.engine, reliable=self.reliable.cpu().numpy(), reason=self.reasons)
+
+    def __str__(self) -> str:
+        """Value, errors, diagnostics and, where there is one, the warning."""
+        reliable = int(self.reliable.sum())
+        lines = [
+            f"log p(x) = {self.mean:.4f} nats a row ({self.engine}, {len(self)} rows)",
+            f"  Monte Carlo error {self.mean_standard_error:.2g}, data error {self.data_standard_error:.2g}, "
+            f"mean bias {float(self.bias.mean()):.2g}",
+        ]
+        if not bool(self.ess.isnan().all()):
+            k = self.pareto_k.nan_to_num(neginf=-1.0)
+            lines.append(
+                f"  effective particles: median {float(self.ess.median()):.1f}, least {float(self.ess.min()):.1f}; "
+                f"k-hat: median {float(k.median()):.2f}, largest {float(k.max()):.2f}"
+            )
+        if reliable == len(self):
+            lines.append("  all rows reliable")
+        else:
+            told = "; ".join(f"{count} x {reason}" for reason, count in Counter(filter(None, self.reasons)).items())
+            lines.append(f"  WARNING: {len(self) - reliable} of {len(self)} rows are not reliable: {told}")
+        if missing := int(self.log_p.isnan().sum()):
+            lines.append(f"  {missing} of them have no value and are not in the mean")
+        return "\n".join(lines)
+
+
+def _judge(broken: Tensor, ess: Tensor, k: Tensor, num_particles: int) -> tuple[str, ...]:
+    """Why each row is not reliable, one text a row."""
+    threshold = weights.pareto_threshold(num_particles)
+    reasons = []
+    for bad, effective, tail in zip(broken.tolist(), ess.tolist(), k.tolist(), strict=True):
+        if bad:
+            reasons.append("particles with NaN or infinite density")
+        elif effective == 0.0:
+            reasons.append("all weights are zero")
+        elif math.isnan(tail):
+            reasons.append("too few particles to judge")
+        elif tail > threshold:
+            reasons.append(f"k-hat above {threshold:.2f}")
+        elif effective < MINIMUM_ESS:
+            reasons.append(f"fewer than {MINIMUM_ESS:.0f} effective particles")
+        else:
+            reasons.append("")
+    return tuple(reasons)

@@ -1,0 +1,120 @@
+"""K particles through a callable that was written for one.
+
+A particle is a full set of latents for all rows. Running a program K times is always right and always slow; a left-most
+batch dimension is fast, but a network may refuse it (a convolution) or take it and be wrong (`BatchNorm1d` on (K, N, D)
+normalises over the wrong dimension without a word). Copies of the rows work for any network that treats rows alone.
+Which one serves a program is found out by comparison with single runs.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.rows import Rows
+
+Values = dict[str, Tensor]
+PyroCallable = Callable[..., Any]
+
+
+class Layout(enum.Enum):
+    """How the K particles are laid out."""
+
+    BATCHED = "a left-most batch dimension"
+    TILED = "K copies of the rows"
+    LOOPED = "one run a particle"
+
+
+class Densities(Protocol):
+    """An effect handler that adds up log-densities while a callable runs inside it."""
+
+    latent: Tensor | float
+    observed: Tensor | float
+    values: Values
+
+    def __enter__(self) -> Densities: ...
+
+    def __exit__(self, *error: object) -> bool | None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Densities and latents of K particles: log p or q of the latents, log-likelihood, values (K, N, ...)."""
+
+    latent: Tensor
+    observed: Tensor
+    values: Values
+
+
+def run(
+    function: PyroCallable,
+    rows: Rows,
+    num_particles: int,
+    layout: Layout,
+    handler: Callable[[Values], Densities],
+    particles: Mapping[str, Tensor] | None = None,
+) -> Run:
+    """Run `function(*rows)` for `num_particles` particles.
+
+    Args:
+        function: a Pyro model or guide.
+        rows: N rows.
+        num_particles: K.
+        layout: how to run them.
+        handler: makes the handler of one run from that run's share of `particles`.
+        particles: tensors (K, N, ...), what the handlers place; None where they draw.
+    """
+    particles = particles or {}
+    shape = (num_particles, len(rows[0]))
+    if layout is Layout.LOOPED or num_particles == 1:
+        runs = []
+        for k in range(num_particles):
+            with handler({name: value[k] for name, value in particles.items()}) as densities:
+                function(*rows)
+            runs.append(densities)
+        return Run(
+            torch.stack([torch.as_tensor(d.latent).expand(shape[1:]) for d in runs]),
+            torch.stack([torch.as_tensor(d.observed).expand(shape[1:]) for d in runs]),
+            {name: torch.stack([d.values[name] for d in runs]) for name in runs[0].values},
+        )
+    if layout is Layout.TILED:
+        with handler({name: value.flatten(0, 1) for name, value in particles.items()}) as tiled:
+            function(*(part.repeat(num_particles, *(1,) * (part.dim() - 1)) for part in rows))
+        flat = (shape[0] * shape[1],)
+        return Run(
+            torch.as_tensor(tiled.latent).expand(flat).unflatten(0, shape),
+            torch.as_tensor(tiled.observed).expand(flat).unflatten(0, shape),
+            {name: value.unflatten(0, shape) for name, value in tiled.values.items()},
+        )
+    with handler(dict(particles)) as batched, pyro.plate("_particles", num_particles, dim=-2):
+        function(*rows)
+    return Run(
+        torch.as_tensor(batched.latent).expand(shape), torch.as_tensor(batched.observed).expand(shape), batched.values
+    )
+
+
+def find_layout(attempt: Callable[[Layout], Run], eps: float) -> Layout:
+    """The fastest layout whose densities equal those of single runs.
+
+    Args:
+        attempt: runs the same particles in a layout.
+        eps: machine precision of the rows' dtype.
+    """
+    truth = attempt(Layout.LOOPED)
+    expected = truth.latent + truth.observed
+    # A wrong network is off by far more than rounding.
+    tolerance = 1e3 * eps * (1.0 + expected.abs())
+    for layout in (Layout.BATCHED, Layout.TILED):
+        try:
+            tried = attempt(layout)
+        except Exception:
+            continue
+        if bool(((tried.latent + tried.observed - expected).abs() <= tolerance).all()):
+            return layout
+    return Layout.LOOPED

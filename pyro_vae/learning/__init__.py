@@ -1,0 +1,1 @@
+"""How the parameters are found: objectives, the training loop, its history and checkpoints."""

@@ -1,0 +1,94 @@
+"""Batches of rows: drawn by index from tensors, memory maps or a data set, moved to the device, transformed.
+
+Nothing is collated item by item unless the source is a `torch.utils.data.Dataset` without a batched access of its own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from pyro_vae.rows import Data, Rows, as_rows, require_finite, take
+from pyro_vae.seeds import Seed, derive
+
+Transform = Callable[[Tensor], Tensor]
+Source = Data | Dataset[Any]
+
+
+class Batches:
+    """Rows in batches.
+
+    Args:
+        source: a tensor, array or memory map (N, ...), a tuple of them, or a map-style `Dataset` of rows or tuples.
+        name: what to call it in messages.
+        batch_size: rows a batch; the last may have fewer.
+        device: where batches go.
+        transform: applied to the first tensor of each batch, e.g. `pv.data.binarise`, with the ambient generator.
+
+    Raises:
+        ValueError: unusable rows (see `as_rows`), NaN or infinite values.
+    """
+
+    def __init__(
+        self, source: Source, name: str, batch_size: int, device: torch.device, transform: Transform | None = None
+    ) -> None:
+        self.name, self.batch_size, self.device, self.transform = name, batch_size, device, transform
+        self._dataset = source if isinstance(source, Dataset) else None
+        self._rows = None if isinstance(source, Dataset) else as_rows(source, name)
+        if self._rows is not None:
+            require_finite(self._rows, name)
+            self.num_rows = len(self._rows[0])
+        else:
+            self.num_rows = len(source)  # type: ignore[arg-type]
+            if self.num_rows == 0:
+                raise ValueError(f"{name} is a data set without rows: give at least one.")
+
+    @property
+    def num_batches(self) -> int:
+        """Batches an epoch."""
+        return -(-self.num_rows // self.batch_size)
+
+    @property
+    def tensors(self) -> Rows | None:
+        """All rows, untransformed, where they are tensors."""
+        return self._rows
+
+    def first(self, count: int) -> Rows:
+        """The first rows as a batch, transformed."""
+        return self._fetch(torch.arange(min(count, self.num_rows)))
+
+    def order(self, seed: Seed, epoch: int) -> Tensor:
+        """The permutation of the rows in an epoch, (N,): the same whenever it is asked for."""
+        generator = torch.Generator().manual_seed(derive(seed, epoch))
+        return torch.randperm(self.num_rows, generator=generator)
+
+    def at(self, order: Tensor, batch: int) -> Rows:
+        """Batch number `batch` of an epoch in the order `order`."""
+        return self._fetch(order[batch * self.batch_size : (batch + 1) * self.batch_size])
+
+    def _fetch(self, index: Tensor) -> Rows:
+        rows = take(self._rows, index) if self._rows is not None else self._collate(index)
+        rows = tuple(part.to(self.device) for part in rows)
+        return rows if self.transform is None else (self.transform(rows[0]), *rows[1:])
+
+    def _collate(self, index: Tensor) -> Rows:
+        places = index.tolist()
+        batched = getattr(self._dataset, "__getitems__", None)
+        items = batched(places) if batched is not None else [self._dataset[i] for i in places]  # type: ignore[index]
+        collated = default_collate(items)
+        return as_rows(tuple(collated) if isinstance(collated, list) else collated, self.name)
+
+    def fingerprint(self) -> str:
+        """A short text that differs for other data: sizes, dtypes and a checksum over up to 256 rows."""
+        some = torch.linspace(0, self.num_rows - 1, min(self.num_rows, 256)).long()
+        rows = take(self._rows, some) if self._rows is not None else self._collate(some)
+        checksum = 0
+        for part in rows:
+            checksum = zlib.crc32(part.contiguous().cpu().numpy().tobytes(), checksum)
+        shapes = "; ".join(f"{tuple(part.shape[1:])} {part.dtype}" for part in rows)
+        return f"{self.num_rows} rows of {shapes}, checksum {checksum:08x}"

@@ -1,0 +1,148 @@
+"""Stochastic variational inference: `fit` maximises an ELBO over everything a program can be trained by.
+
+The way of a batch: `Batches` draws its rows by index, `Stepper` turns them into gradients, the optimiser moves the leaves
+where they are, `Training` keeps count, `History` keeps the figures, and a checkpoint keeps all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyro_vae.learning.batches import Batches, Source, Transform
+from pyro_vae.learning.history import History
+from pyro_vae.learning.objectives import ELBO
+from pyro_vae.learning.training import Callback, Training
+from pyro_vae.program import Program
+from pyro_vae.rows import as_rows, positive
+from pyro_vae.seeds import seeded
+
+
+def fit(
+    program: Program,
+    train: Source,
+    valid: Source | None = None,
+    *,
+    objective: Any = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    optimiser: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    clip_norm: float | None = None,
+    transform: Transform | None = None,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    log_dir: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool | None = None,
+) -> History:
+    """Fit a program by stochastic gradients of an ELBO.
+
+    Args:
+        program: a `VAE` or any `Program`; its parameters are changed where they are.
+        train: rows (N, ...): tensor, array, memory map, a tuple of them, or a map-style `torch.utils.data.Dataset`.
+        valid: rows whose true ELBO is reported after each epoch.
+        objective: what is maximised: `objectives.ELBO()` (the default) or any Pyro ELBO object.
+        epochs: passes over the rows in all.
+        batch_size: rows a step.
+        lr: learning rate of the default optimiser, Adam.
+        seed: of initial values in `pyro.param`, order and noise. The same seed gives the same parameters, to the bit, on
+            the same machine.
+        device: "auto" is CUDA where there is one; parameters and batches are moved there.
+        optimiser: makes a `torch.optim` optimiser from the parameters, instead of Adam.
+        schedule: makes a learning-rate schedule from the optimiser; stepped after each epoch.
+        clip_norm: largest norm of the gradient of a mean row.
+        transform: applied to each batch of x, e.g. `pv.data.binarise`; validation rows too.
+        patience: stop after so many epochs without a better validation ELBO, and go back to the best parameters.
+        checkpoint: folder to save the run in after each epoch. The same call goes on from there; SIGINT and SIGTERM save
+            before they end the run.
+        log_dir: folder for TensorBoard scalars.
+        callbacks: called after each epoch as `callback(epoch, history)`; one that returns True stops the run.
+        progress: show a bar; None shows it on terminals and in notebooks.
+
+    Returns:
+        the history; `history.elbo` is the true ELBO (beta = 1) of a mean row in nats, whatever the objective.
+
+    Raises:
+        ValueError: unusable rows, arguments or program; a checkpoint of other settings.
+        FloatingPointError: a loss that is not finite, with epoch, batch, site and ranges; the last good checkpoint stays.
+        OSError: the checkpoint cannot be written.
+    """
+    positive(epochs=epochs, batch_size=batch_size)
+    _require_sensible(lr, clip_norm, patience, valid)
+    place = _device(device)
+    batches = Batches(train, "train", batch_size, place, transform)
+    held_out = None if valid is None else Batches(valid, "valid", batch_size, place, transform)
+    for module in program.modules_found().values():
+        module.to(place)
+    with seeded(seed, place):
+        _require_rows(program, batches, held_out)
+        program.check(batches.first(3))
+        leaves = program.trainable(batches.first(3))
+        if not leaves:
+            raise ValueError("The program has no parameter with a gradient: there is nothing to fit.")
+        for leaf in leaves.values():
+            leaf.data = leaf.data.to(place)
+        chosen = optimiser or functools.partial(torch.optim.Adam, lr=lr, fused=True)
+        made = chosen(list(leaves.values()))
+        training = Training(
+            program=program,
+            leaves=leaves,
+            batches=batches,
+            valid=held_out,
+            objective=objective if objective is not None else ELBO(),
+            optimiser=made,
+            schedule=None if schedule is None else schedule(made),
+            seed=seed,
+            clip_norm=clip_norm,
+            patience=patience,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+        )
+        return training.run(epochs, callbacks=callbacks, log_dir=log_dir, progress=progress)
+
+
+def _require_sensible(lr: float, clip_norm: float | None, patience: int | None, valid: object) -> None:
+    if not 0.0 < lr < float("inf"):
+        raise ValueError(f"lr={lr} must be positive and finite.")
+    if clip_norm is not None and not clip_norm > 0.0:
+        raise ValueError(f"clip_norm={clip_norm} must be positive, or None.")
+    if patience is not None:
+        positive(patience=patience)
+        if valid is None:
+            raise ValueError(f"patience={patience} goes by the validation ELBO: give validation rows as well.")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used here: give 'cpu' or 'auto'.") from error
+    return place
+
+
+def _require_rows(program: Program, train: Batches, valid: Batches | None) -> None:
+    """Rows of both sets have the same shapes, and the program takes them."""
+    if valid is not None:
+        shapes = [tuple(tuple(part.shape[1:]) for part in batches.first(1)) for batches in (train, valid)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"Rows of train have shapes {shapes[0]}, rows of valid {shapes[1]}: they must be the same.")
+    check = getattr(program, "check_training", None)
+    if check is None:
+        return
+    for batches in (train,) if valid is None else (train, valid):
+        whole = batches.tensors if batches.transform is None else None
+        rows = whole if whole is not None else batches.first(1024)
+        (check if batches is train and whole is not None else program.usable_rows)(as_rows(rows))

@@ -1,0 +1,86 @@
+"""How a fit shows where it is: a progress bar on a terminal, TensorBoard scalars where they are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pyro_vae.learning.history import History
+
+
+class Display:
+    """A progress bar over the batches of all epochs, with the true ELBO of a row.
+
+    Args:
+        total: batches in all.
+        show: True, False, or None for "where the output is a terminal or a notebook".
+    """
+
+    def __init__(self, total: int, *, show: bool | None) -> None:
+        console = Console(stderr=True)
+        visible = (console.is_terminal or console.is_jupyter) if show is None else show
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not visible,
+        )
+        self._task = self._bar.add_task("fit", total=total)
+        self._valid = ""
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def step(self, done: int, epoch: int, elbo: float) -> None:
+        """Show that `done` batches are done and the running ELBO of this epoch in nats a row."""
+        self._bar.update(self._task, completed=done, description=f"epoch {epoch}  ELBO {elbo:9.3f}{self._valid}")
+
+    def validated(self, elbo: float) -> None:
+        """Show the latest validation ELBO from now on."""
+        self._valid = f"  validation {elbo:9.3f}"
+
+
+class Scalars:
+    """TensorBoard scalars, one point an epoch.
+
+    Args:
+        folder: where event files go; None writes nothing.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    f"log_dir={str(folder)!r} needs TensorBoard: pip install 'pyro-vae[tensorboard]'."
+                ) from error
+            self._writer = SummaryWriter(str(folder))
+
+    def epoch(self, history: History) -> None:
+        """Write the last epoch of the history."""
+        if self._writer is None:
+            return
+        for name in ("loss", "elbo", "valid_elbo", "learning_rate"):
+            if values := getattr(history, name):
+                self._writer.add_scalar(name, values[-1], history.epoch[-1])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,124 @@
+"""One gradient step's loss and gradients, for our objectives and for any Pyro ELBO, and what to say when it is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyro_vae.learning.objectives import ELBO, Objective
+from pyro_vae.program import Program, record
+from pyro_vae.rows import Rows
+from pyro_vae.sites import Site
+
+_TRUE_ELBOS = (pyro.infer.Trace_ELBO, pyro.infer.TraceMeanField_ELBO)
+
+
+class Stepper:
+    """Computes gradients of an objective, per row, and the true ELBO beside it.
+
+    Args:
+        program: model and guide.
+        objective: one of `pyro_vae.learning.objectives`, or any `pyro.infer.ELBO`.
+        leaves: the parameters, by name.
+        rows: a batch, to see whether the program carries scales.
+    """
+
+    def __init__(self, program: Program, objective: Any, leaves: Mapping[str, Tensor], rows: Rows) -> None:
+        if not isinstance(objective, pyro.infer.ELBO):
+            raise ValueError(
+                f"objective={objective!r} is no ELBO object: give pv.objectives.ELBO(), pyro.infer.Trace_ELBO() or such."
+            )
+        self.program, self.leaves = program, list(leaves.values())
+        self.objective: Any = objective
+        # Pyro's own ELBOs are the true ELBO as long as nothing is scaled; any other loss is judged by one more run.
+        scaled = any(not _is_one(site.scale) for f in (program.model, program.guide) for site in _sites(f, rows))
+        self._loss_is_elbo = type(objective) in _TRUE_ELBOS and not scaled
+
+    def gradients(self, rows: Rows, steps_taken: int) -> tuple[float, float]:
+        """Fill `.grad` of every leaf with the gradient of the loss of a mean row.
+
+        Returns:
+            loss and true ELBO of a mean row, in nats.
+        """
+        for leaf in self.leaves:
+            leaf.grad = None
+        model, guide, count = self.program.model, self.program.guide, len(rows[0])
+        if isinstance(self.objective, Objective):
+            self.objective.steps_taken = steps_taken
+            total, elbo = self.objective.loss_and_elbo(model, guide, *rows)
+            (total / count).backward()
+            return total.item() / count, elbo.item()
+        loss = self._foreign(rows) / count
+        if self._loss_is_elbo:
+            return loss, -loss
+        with torch.no_grad():
+            return loss, ELBO().rows(model, guide, *rows).mean().item()
+
+    def _foreign(self, rows: Rows) -> float:
+        """Loss and gradients of a Pyro ELBO, summed over rows as Pyro does; gradients are then those of a mean row."""
+        model, guide = self.program.model, self.program.guide
+        # Pyro's loss_and_grads goes backward only if it saw a param statement, and modules need not make one.
+        if hasattr(self.objective, "differentiable_loss"):
+            loss = self.objective.differentiable_loss(model, guide, *rows)
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                loss.backward()
+        else:
+            loss = self.objective.loss_and_grads(model, guide, *rows)
+        gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        if not gradients:
+            raise ValueError(
+                f"{type(self.objective).__name__} gave no gradient to any parameter: "
+                "register the modules with pyro.module inside model and guide."
+            )
+        torch._foreach_div_(gradients, float(len(rows[0])))
+        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+
+
+def _sites(function: Any, rows: Rows) -> list[Site]:
+    with torch.no_grad():
+        return list(record(function, rows).values())
+
+
+def _is_one(scale: Any) -> bool:
+    return bool((torch.as_tensor(scale) == 1.0).all())
+
+
+def explain(program: Program, rows: Rows) -> str | None:
+    """Which site of this batch is not finite and what went into it; None if all of them are fine.
+
+    Called with the random state that the failing step had, so that it meets the same draws.
+    """
+    with torch.no_grad(), pyro.validation_enabled(False):
+        q = record(program.guide, rows)
+        p = record(program.model, rows, {name: site.value for name, site in q.items()})
+    for where, sites in (("guide", q), ("model", p)):
+        for site in sites.values():
+            log_prob = site.distribution.log_prob(site.value)
+            ranges = {name: _range(value) for name, value in _arguments(site)}
+            if not bool(torch.isfinite(log_prob).all()) or any("not finite" in text for text in ranges.values()):
+                told = ", ".join(f"{name} {text}" for name, text in ranges.items())
+                return f"not finite at site {site.name!r} of the {where} ({site.family}: {told}); x {_range(rows[0])}"
+    return None
+
+
+def _arguments(site: Site) -> list[tuple[str, Tensor]]:
+    inner = site.distribution
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    named = [(name, getattr(inner, name, None)) for name in inner.arg_constraints]
+    found = [(name, value) for name, value in named if isinstance(value, Tensor) and name in vars(inner)]
+    return found or [("value", site.value)]
+
+
+def _range(value: Tensor) -> str:
+    """The range of a tensor in words."""
+    finite = value[torch.isfinite(value)]
+    span = f"in [{finite.min().item():.4g}, {finite.max().item():.4g}]" if finite.numel() else "nowhere finite"
+    broken = value.numel() - finite.numel()
+    return f"{span}, {broken} of {value.numel()} not finite" if broken and math.isfinite(broken) else span

@@ -1,0 +1,256 @@
+"""The state of a fit and its loop: steps, epochs, validation, early stopping, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyro_vae import files
+from pyro_vae.learning import checkpoint as checkpoints
+from pyro_vae.learning.batches import Batches
+from pyro_vae.learning.history import History
+from pyro_vae.learning.objectives import ELBO
+from pyro_vae.learning.progress import Display, Scalars
+from pyro_vae.learning.signals import Stop, noted
+from pyro_vae.learning.steps import Stepper, explain
+from pyro_vae.parameters import evaluating
+from pyro_vae.program import Program
+from pyro_vae.rows import Rows
+from pyro_vae.seeds import seeded
+
+Callback = Callable[[int, History], bool | None]
+
+TRAIN, VALID, ORDER = 0, 1, 2
+"""Sub-streams of a fit's random numbers."""
+
+
+@dataclass
+class Position:
+    """Where a run is; all of it goes into the checkpoint.
+
+    Attributes:
+        epoch: epochs finished.
+        batch: batches finished of the epoch that has begun.
+        loss: sum over the rows of these batches.
+        elbo: likewise.
+        rows: how many rows these were.
+        best: the best validation ELBO.
+        stale: epochs since.
+        seconds: spent.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    loss: float = 0.0
+    elbo: float = 0.0
+    rows: int = 0
+    best: float = -math.inf
+    stale: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Training:
+    """One fit: its parts, and the loop over them. See `fit` for the meaning of each."""
+
+    program: Program
+    leaves: dict[str, Tensor]
+    batches: Batches
+    valid: Batches | None
+    objective: Any
+    optimiser: Optimizer
+    schedule: LRScheduler | None
+    seed: int
+    clip_norm: float | None
+    patience: int | None
+    checkpoint: Path | None
+    position: Position = field(default_factory=Position)
+    history: History = field(default_factory=History)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(
+        self, epochs: int, *, callbacks: Sequence[Callback], log_dir: str | Path | None, progress: bool | None
+    ) -> History:
+        """Go on from where the checkpoint is, to the last epoch."""
+        self._resume()
+        stepper = Stepper(self.program, self.objective, self.leaves, self.batches.first(2))
+        scalars = Scalars(log_dir)
+        total = epochs * self.batches.num_batches
+        with noted(active=self.checkpoint is not None) as stop, Display(total, show=progress) as display:
+            while self.position.epoch < epochs and not self.history.stopped:
+                self._epoch(stepper, stop, display)
+                scalars.epoch(self.history)
+                if self.valid is not None:
+                    display.validated(self.history.valid_elbo[-1])
+                if any([callback(self.position.epoch, self.history) for callback in callbacks]):
+                    self.history.stopped = "stopped by a callback"
+                self._save()
+                stop.leave()
+        scalars.close()
+        if self.best:
+            self._put("best", self.best)
+        return self.history
+
+    def _epoch(self, stepper: Stepper, stop: Stop, display: Display) -> None:
+        position, started = self.position, time.perf_counter() - self.position.seconds
+        order = self.batches.order((self.seed, ORDER), position.epoch)
+        while position.batch < self.batches.num_batches:
+            loss, elbo, count = self._step(stepper, order)
+            position.loss += loss * count
+            position.elbo += elbo * count
+            position.rows += count
+            position.batch += 1
+            position.seconds = time.perf_counter() - started
+            done = position.epoch * self.batches.num_batches + position.batch
+            display.step(done, position.epoch + 1, position.elbo / position.rows)
+            if stop.signal is not None:
+                self._save()
+                stop.leave()
+        self._finish_epoch()
+        position.seconds = time.perf_counter() - started
+        self.history.seconds.append(position.seconds)
+
+    def _step(self, stepper: Stepper, order: Tensor) -> tuple[float, float, int]:
+        """One gradient step: loss and ELBO of a mean row, and the number of rows."""
+        position = self.position
+        key = (TRAIN, position.epoch, position.batch)
+        with seeded(self.seed, self.batches.device, *key):
+            rows = self.batches.at(order, position.batch)
+            steps_taken = position.epoch * self.batches.num_batches + position.batch
+            try:
+                loss, elbo = stepper.gradients(rows, steps_taken)
+            except ValueError as error:
+                # Pyro's validation refuses a NaN parameter before there is a loss; other mistakes are told as they are.
+                if found := self._not_finite(rows, key):
+                    raise FloatingPointError(self._where(found)) from error
+                raise
+        if not (math.isfinite(loss) and math.isfinite(elbo)):
+            raise FloatingPointError(self._where(self._not_finite(rows, key) or f"the loss is {loss}"))
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), self.clip_norm)
+        self.optimiser.step()
+        return loss, elbo, len(rows[0])
+
+    def _not_finite(self, rows: Rows, key: tuple[int, ...]) -> str | None:
+        """Where the failing batch is not finite, met again with the same draws."""
+        with seeded(self.seed, self.batches.device, *key):
+            self.batches.at(torch.arange(len(rows[0])), 0)  # the draws that the batch's transform took
+            return explain(self.program, rows)
+
+    def _where(self, what: str) -> str:
+        kept = "" if self.checkpoint is None else f" {self.checkpoint} keeps the last good state."
+        return (
+            f"Epoch {self.position.epoch + 1}, batch {self.position.batch + 1}: {what}. "
+            f"Try a smaller lr, clip_norm=, or look at the rows.{kept}"
+        )
+
+    def _finish_epoch(self) -> None:
+        position, history = self.position, self.history
+        if broken := checkpoints.require_finite(self.leaves):
+            raise FloatingPointError(self._where(f"parameter {broken!r} is not finite after the last step"))
+        position.epoch += 1
+        history.epoch.append(position.epoch)
+        history.loss.append(position.loss / position.rows)
+        history.elbo.append(position.elbo / position.rows)
+        history.learning_rate.append(float(self.optimiser.param_groups[0]["lr"]))
+        position.batch, position.loss, position.elbo, position.rows = 0, 0.0, 0.0, 0
+        if self.schedule is not None:
+            self.schedule.step()
+        if self.valid is not None:
+            history.valid_elbo.append(self._validate(self.valid))
+            self._judge(history.valid_elbo[-1])
+
+    def _validate(self, valid: Batches) -> float:
+        """The true ELBO of a mean validation row, with the same noise every epoch so that epochs compare."""
+        elbo, total, order = ELBO(), 0.0, torch.arange(valid.num_rows)
+        with torch.no_grad(), evaluating(self.program.modules_found()):
+            for number in range(valid.num_batches):
+                with seeded(self.seed, valid.device, VALID, number):
+                    rows = valid.at(order, number)
+                    total += elbo.rows(self.program.model, self.program.guide, *rows).double().sum().item()
+        return total / valid.num_rows
+
+    def _judge(self, valid_elbo: float) -> None:
+        if self.patience is None:
+            return
+        if valid_elbo > self.position.best:
+            self.position.best, self.position.stale = valid_elbo, 0
+            self.best = {name: value.detach().clone() for name, value in self._everything().items()}
+        else:
+            self.position.stale += 1
+            if self.position.stale >= self.patience:
+                self.history.stopped = f"no better validation ELBO for {self.patience} epochs"
+
+    def _everything(self) -> dict[str, Tensor]:
+        """Leaves and buffers by name, as they are now."""
+        return {f"parameter/{n}": t for n, t in self.leaves.items()} | {
+            f"buffer/{at}.{name}": buffer
+            for at, module in self.program.modules_found().items()
+            for name, buffer in module.named_buffers()
+        }
+
+    def _put(self, what: str, values: dict[str, Tensor]) -> None:
+        files.copy_into(self._everything(), values, Path(what))
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "train": self.batches.fingerprint(),
+            "valid": None if self.valid is None else self.valid.fingerprint(),
+            "batch_size": self.batches.batch_size,
+            "transform": _name(self.batches.transform),
+            "objective": _name(self.objective),
+            "optimiser": _name(type(self.optimiser)),
+            "lr": [group.get("initial_lr", group["lr"]) for group in self.optimiser.param_groups],
+            "schedule": None if self.schedule is None else _name(type(self.schedule)),
+            "clip_norm": self.clip_norm,
+            "patience": self.patience,
+            "seed": self.seed,
+            "parameters": {name: list(leaf.shape) for name, leaf in self.leaves.items()},
+        }
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        groups: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "best": self.best}
+        for name, value in self._everything().items():
+            group, _, rest = name.partition("/")
+            groups[group][rest] = value
+        state = {"position": vars(self.position), "history": self.history.to_dict()}
+        checkpoints.write(self.checkpoint, self._begun_with, state, groups, self.optimiser, self.schedule)
+
+    def _resume(self) -> None:
+        """Take everything from the checkpoint, if there is one of the same settings."""
+        self._begun_with = self._settings()
+        found = None if self.checkpoint is None else checkpoints.read(self.checkpoint)
+        if found is None or self.checkpoint is None:
+            self._save()
+            return
+        header, groups = found
+        checkpoints.require_same(self.checkpoint, header["settings"], self._begun_with)
+        tensors = {f"{group}/{n}": t for group in ("parameter", "buffer") for n, t in groups[group].items()}
+        files.copy_into(self._everything(), tensors, self.checkpoint)
+        checkpoints.restore_optimiser(self.optimiser, self.schedule, header, groups["optimiser"])
+        self.best = groups["best"]
+        self.position = Position(**header["state"]["position"])
+        self.history = History(**header["state"]["history"])
+
+
+def _name(thing: Any) -> str | None:
+    """A text for a setting that is the same in every process: no addresses."""
+    if thing is None:
+        return None
+    if "__repr__" in vars(type(thing)) and not isinstance(thing, type):
+        return repr(thing)
+    if hasattr(thing, "__qualname__"):
+        return str(thing.__qualname__)
+    plain = {k: v for k, v in vars(thing).items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
+    return f"{type(thing).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(plain.items()))})"

@@ -1,0 +1,117 @@
+"""log p(x, z) of fixed rows as a function of one unconstrained vector u.
+
+The latents of a program may be several and constrained. u in R^D holds them one after the other, each carried to its
+support by ``z = biject_to(support)(u)``; the density of u is p(x, z(u)) |det dz/du|, so that integrals over u are integrals
+over z. This is what modes, Hamiltonian Monte Carlo and quadrature work on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_vae.layouts import Run, Values
+from pyro_vae.sites import Sites
+
+Place = Callable[[str, Any], tuple[Tensor, Tensor | float]]
+"""Decides a latent: (site name, distribution) -> its value and the log-Jacobian that belongs to it."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one latent lives in u: columns start to stop, seen as `shape` before the bijection."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+def make_slots(latents: Sites) -> dict[str, Slot]:
+    """One slot a latent, in the order of the model."""
+    slots: dict[str, Slot] = {}
+    start = 0
+    for name, site in latents.items():
+        shape = tuple(biject_to(site.distribution.support).inverse_shape(torch.Size(site.event_shape)))
+        size = int(torch.Size(shape).numel())
+        slots[name] = Slot(start, start + size, shape)
+        start += size
+    return slots
+
+
+def place_values(values: Values) -> Place:
+    """Latents given in their own support: no Jacobian."""
+    return lambda name, _: (values[name], 0.0)
+
+
+class LogJoint:
+    """log p(x, z(u)) + log |det dz/du| for the N rows it was made for; differentiable in u.
+
+    Attributes:
+        dim: D, the length of u.
+        num_rows: N.
+    """
+
+    def __init__(
+        self,
+        densities: Callable[[Mapping[str, Tensor], Callable[[Values], Place]], Run],
+        slots: dict[str, Slot],
+        num_rows: int,
+    ) -> None:
+        self._densities, self._slots, self.num_rows = densities, slots, num_rows
+        self.dim = max(slot.stop for slot in slots.values())
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """The log-density of u per row: (K, N, D) -> (K, N), float64."""
+        run = self._densities({"u": self._checked(u)}, self._place_unconstrained)
+        return run.latent + run.observed
+
+    def of_sites(self, z: Values) -> Tensor:
+        """log p(x, z) of named latents (K, N, *event_shape) in their own support, no Jacobian: (K, N), float64."""
+        run = self._densities(z, place_values)
+        return run.latent + run.observed
+
+    def likelihood_of_sites(self, z: Values) -> Tensor:
+        """log p(x | z) of named latents (K, N, *event_shape): (K, N), float64."""
+        return self._densities(z, place_values).observed
+
+    def unflatten(self, u: Tensor) -> Values:
+        """The named latents z(u), each (K, N, *event_shape), from u (K, N, D)."""
+        return self._densities({"u": self._checked(u)}, self._place_unconstrained).values
+
+    def flatten(self, z: Values) -> Tensor:
+        """The vector u (K, N, D) of named latents z, each (K, N, *event_shape)."""
+        columns: dict[str, Tensor] = {}
+
+        def recorder(values: Values) -> Place:
+            def place(name: str, distribution: Any) -> tuple[Tensor, float]:
+                free = biject_to(distribution.support).inv(values[name])
+                columns[name] = free.reshape(*free.shape[: free.dim() - len(self._slots[name].shape)], -1)
+                return values[name], 0.0
+
+            return place
+
+        self._densities(z, recorder)
+        some = next(iter(z.values()))
+        return torch.cat([columns[name].expand(*some.shape[:2], -1) for name in self._slots], dim=-1)
+
+    def _place_unconstrained(self, particles: Values) -> Place:
+        u = particles["u"]
+
+        def place(name: str, distribution: Any) -> tuple[Tensor, Tensor]:
+            slot = self._slots[name]
+            free = u[..., slot.start : slot.stop].reshape(*u.shape[:-1], *slot.shape)
+            bijection = biject_to(distribution.support)
+            value = bijection(free)
+            return value, bijection.log_abs_det_jacobian(free, value).double()
+
+        return place
+
+    def _checked(self, u: Tensor) -> Tensor:
+        if u.dim() != 3 or u.shape[1:] != (self.num_rows, self.dim):
+            raise ValueError(f"u has shape {tuple(u.shape)}, this log joint takes (K, {self.num_rows}, {self.dim}).")
+        return u

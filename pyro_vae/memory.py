@@ -1,0 +1,95 @@
+"""Work under a byte budget: what one evaluation allocates is measured once, and blocks are cut to fit.
+
+The measure adds up everything that an evaluation of a few rows and particles allocates, freed or not, so it is an upper
+bound of the peak and the blocks are on the safe side. Chunks change the rounding of a result at most: no random number is
+drawn inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_vae.layouts import Values
+from pyro_vae.log_joint import LogJoint
+from pyro_vae.program import Program
+from pyro_vae.rows import Rows, take
+
+BUDGET = 2**30
+"""Default byte budget, 1 GiB."""
+
+CACHE = 2**24
+"""Chunks are not made larger than this many bytes where one pass is enough work anyway: smaller ones stay in the cache."""
+
+
+class _Tally(TorchDispatchMode):
+    """Adds up the bytes of every tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.bytes += sum(leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
+def bytes_allocated(work: Callable[[], object]) -> int:
+    """Bytes of all tensors that `work()` makes, those it frees again included."""
+    with _Tally() as tally:
+        work()
+    return tally.bytes
+
+
+def in_chunks(
+    program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor], budget: int
+) -> Tensor:
+    """`density(log_joint, z)` for all particles and rows, no graph kept, at most `budget` bytes at a time.
+
+    Args:
+        program: gives the log joint.
+        rows: N rows.
+        z: latents (K, N, *event_shape).
+        density: e.g. `LogJoint.of_sites`.
+        budget: bytes.
+
+    Returns:
+        (K, N), float64.
+
+    Raises:
+        ValueError: the budget does not hold one particle of one row.
+    """
+    num_particles, num_rows = next(iter(z.values())).shape[:2]
+    with torch.no_grad():
+        each = _bytes_per_particle(program, rows, z, density)
+        if each > budget:
+            raise ValueError(f"memory={budget} bytes is less than one particle of one row takes ({each}): give more.")
+        chunk = min(budget, max(CACHE, each))
+        row_step = min(num_rows, chunk // each)
+        particle_step = max(1, chunk // (each * row_step))
+        out = torch.empty(num_particles, num_rows, dtype=torch.float64, device=rows[0].device)
+        for start in range(0, num_rows, row_step):
+            at = slice(start, start + row_step)
+            log_joint = program.log_joint(take(rows, at))
+            for first in range(0, num_particles, particle_step):
+                k = slice(first, first + particle_step)
+                out[k, at] = density(log_joint, {name: value[k, at] for name, value in z.items()})
+    return out
+
+
+def _bytes_per_particle(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]) -> int:
+    """Bytes a particle and row, from the difference of two small runs so that what both share does not count."""
+    num_rows = min(4, len(rows[0]))
+    log_joint = program.log_joint(take(rows, slice(num_rows)))
+
+    def run(count: int) -> int:
+        some = {name: value[:1, :num_rows].repeat(count, *(1,) * (value.dim() - 1)) for name, value in z.items()}
+        return bytes_allocated(lambda: density(log_joint, some))
+
+    return max(1, (run(4) - run(2)) // (2 * num_rows))

@@ -1,0 +1,101 @@
+"""Parts of a VAE that can say what they are made of.
+
+A `Component` is an `nn.Module` whose constructor arguments are its `settings()`. They make its `repr`, and a description
+in plain JSON from which `pv.load` builds it again: names of classes of this package, numbers, lists. A module of the user's
+own has no description; a file that holds one is loaded into a VAE that the user builds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HOMES = ("nets", "priors", "scales", "likelihoods", "guides")
+
+
+class Component(nn.Module):
+    """A module that knows its constructor arguments. Subclasses implement `settings`."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, by name: numbers, tuples, components, modules, classes of `torch.nn`."""
+
+    def __repr__(self) -> str:
+        """The call that makes it."""
+        inside = ", ".join(f"{name}={_show(value)}" for name, value in self.settings().items())
+        return f"{type(self).__name__}({inside})"
+
+
+def _show(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else repr(value)
+
+
+def describe(value: Any) -> Any:
+    """`value` as JSON: components by class and settings, other modules as {"foreign": repr}."""
+    if isinstance(value, Component):
+        home = type(value).__module__.rpartition(".")[2]
+        if type(value).__module__ == f"pyro_vae.model.{home}" and home in HOMES:
+            settings = {name: describe(setting) for name, setting in value.settings().items()}
+            return {"component": f"{home}.{type(value).__name__}", "settings": settings}
+    if isinstance(value, nn.Module):
+        return {"foreign": type(value).__name__}
+    if isinstance(value, type):
+        known = issubclass(value, nn.Module) and getattr(nn, value.__name__, None) is value
+        return {"activation": value.__name__} if known else {"foreign": value.__name__}
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return {"foreign": type(value).__name__}
+
+
+def rebuild(description: Any) -> Any:
+    """What `describe` described.
+
+    Raises:
+        LookupError: names the foreign class that only the user can make.
+        ValueError: a name that is no component of this package.
+    """
+    if isinstance(description, list):
+        return tuple(rebuild(item) for item in description)
+    if not isinstance(description, dict):
+        return description
+    if "foreign" in description:
+        raise LookupError(description["foreign"])
+    if "activation" in description:
+        return _named(nn, description["activation"], nn.Module)
+    home, _, name = description["component"].partition(".")
+    if home not in HOMES:
+        raise ValueError(f"no component {description['component']!r} in this pyro_vae")
+    component = _named(importlib.import_module(f"pyro_vae.model.{home}"), name, Component)
+    return component(**{key: rebuild(value) for key, value in description["settings"].items()})
+
+
+def _named(module: Any, name: str, kind: type) -> Any:
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"no component {name!r} in this pyro_vae")
+    return found
+
+
+def out_features(net: nn.Module, given: int | None = None) -> int:
+    """How many features `net` returns a row: as given, or as the net itself says.
+
+    Raises:
+        ValueError: neither says.
+    """
+    size = given if given is not None else getattr(net, "out_features", None)
+    if size is None:
+        raise ValueError(f"{type(net).__name__} has no attribute out_features: give features=, its number of outputs.")
+    return int(size)
+
+
+def positive_from(raw: Tensor, minimum: float) -> Tensor:
+    """softplus(raw) + minimum: a scale that optimisers can move freely and that stays away from zero."""
+    return torch.nn.functional.softplus(raw) + minimum

@@ -1,0 +1,96 @@
+"""Guides q(z | x): `forward(x)` returns the distribution of a row's latents; each owns its encoder.
+
+z = mu(x) + L(x) eps with eps ~ N(0, I): L diagonal for `DiagonalNormal`, a Cholesky factor for `FullNormal`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.model import kl  # noqa: F401 - registers the exact KL of FullNormal
+from pyro_vae.model.component import Component, out_features, positive_from
+from pyro_vae.rows import positive
+
+MINIMUM_SCALE = 1e-6
+
+
+class Guide(Component):
+    """q(z | x).
+
+    To add one: subclass, set `latent_dim`, keep the encoder in `self.encoder`, return from `forward` a reparametrised
+    distribution of batch shape (N,) and event shape (D,), and list the constructor's arguments in `settings`. Then add a
+    line to the table in tests/model/test_guides.py.
+    """
+
+    latent_dim: int
+    encoder: nn.Module
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Any:
+        """The distribution q(z | x), batch shape (N,), event shape (D,)."""
+
+
+class DiagonalNormal(Guide):
+    """q(z | x) = N(mu(x), diag(sigma(x)^2)), Kingma & Welling 2014.
+
+    Args:
+        encoder: (N, *event_shape) -> (N, features); the heads for mu and sigma are added here.
+        latent_dim: D.
+        features: outputs of the encoder, needed only where it has no attribute `out_features`.
+    """
+
+    def __init__(self, encoder: nn.Module, latent_dim: int, features: int | None = None) -> None:
+        super().__init__()
+        positive(latent_dim=latent_dim)
+        self.encoder, self.latent_dim, self.features = encoder, latent_dim, features
+        self.loc = nn.Linear(out_features(encoder, features), latent_dim)
+        self.raw_scale = nn.Linear(out_features(encoder, features), latent_dim)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Component.settings`."""
+        return {"encoder": self.encoder, "latent_dim": self.latent_dim, "features": self.features}
+
+    def forward(self, x: Tensor) -> Any:
+        """q(z | x), batch shape (N,), event shape (D,)."""
+        features = self.encoder(x)
+        scale = positive_from(self.raw_scale(features), MINIMUM_SCALE)
+        return dist.Normal(self.loc(features), scale).to_event(1)
+
+
+class FullNormal(Guide):
+    """q(z | x) = N(mu(x), L(x) L(x)') with L lower triangular, its diagonal positive.
+
+    Against N(0, I), or any Normal with independent dimensions, its KL is exact, see `pyro_vae.model.kl`.
+
+    Args:
+        encoder: (N, *event_shape) -> (N, features); the heads are added here.
+        latent_dim: D; the head of L has D (D - 1) / 2 + D outputs.
+        features: outputs of the encoder, needed only where it has no attribute `out_features`.
+    """
+
+    def __init__(self, encoder: nn.Module, latent_dim: int, features: int | None = None) -> None:
+        super().__init__()
+        positive(latent_dim=latent_dim)
+        self.encoder, self.latent_dim, self.features = encoder, latent_dim, features
+        size = out_features(encoder, features)
+        self.loc = nn.Linear(size, latent_dim)
+        self.raw_diagonal = nn.Linear(size, latent_dim)
+        self.lower = nn.Linear(size, latent_dim * (latent_dim - 1) // 2) if latent_dim > 1 else None
+
+    def settings(self) -> dict[str, Any]:
+        """See `Component.settings`."""
+        return {"encoder": self.encoder, "latent_dim": self.latent_dim, "features": self.features}
+
+    def forward(self, x: Tensor) -> Any:
+        """q(z | x), batch shape (N,), event shape (D,)."""
+        features = self.encoder(x)
+        factor = torch.diag_embed(positive_from(self.raw_diagonal(features), MINIMUM_SCALE))
+        if self.lower is not None:
+            row, column = torch.tril_indices(self.latent_dim, self.latent_dim, offset=-1, device=factor.device)
+            factor[..., row, column] = self.lower(features)
+        return dist.MultivariateNormal(self.loc(features), scale_tril=factor)

@@ -1,0 +1,179 @@
+"""Networks: plain `nn.Module`s, no probability.
+
+All of them take any number of leading batch dimensions, so that particles (K, N, ...) go through in one call. The default
+activation is smooth (SiLU), because posterior modes and curvatures are found by second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.model.component import Component
+from pyro_vae.rows import positive
+
+
+class MLP(Component):
+    """A multi-layer perceptron, (..., in_features) -> (..., out_features).
+
+    Args:
+        in_features: columns of the input.
+        out_features: columns of the output; None ends in the last hidden layer and its activation (a body for heads).
+        hidden: widths of the hidden layers.
+        activation: a class of `torch.nn`, made anew after each hidden layer.
+
+    Examples:
+        >>> MLP(784, hidden=(400,)).out_features
+        400
+        >>> MLP(20, 784, hidden=(400,))(torch.zeros(5, 2, 20)).shape
+        torch.Size([5, 2, 784])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        hidden: Sequence[int] = (),
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        if out_features is None and not hidden:
+            raise ValueError("An MLP without out_features needs at least one hidden layer: give hidden=(400,), say.")
+        widths = (in_features, *hidden) if out_features is None else (in_features, *hidden, out_features)
+        for width in widths:
+            positive(width=width)
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers.append(nn.Linear(before, after))
+            if i < len(hidden):
+                layers.append(activation())
+        self.layers = nn.Sequential(*layers)
+        self.in_features, self.out_features = in_features, widths[-1]
+        self.hidden, self.activation = tuple(hidden), activation
+        self._ends_hidden = out_features is None
+
+    def settings(self) -> dict[str, Any]:
+        """See `Component.settings`."""
+        out = None if self._ends_hidden else self.out_features
+        return {
+            "in_features": self.in_features,
+            "out_features": out,
+            "hidden": self.hidden,
+            "activation": self.activation,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"This MLP takes {self.in_features} columns, but was given shape {tuple(x.shape)}: "
+                "flatten images to rows, or build it for the number of columns."
+            )
+        out: Tensor = self.layers(x)
+        return out
+
+
+class ConvEncoder(Component):
+    """A small convolutional body for a guide, images (..., C*H*W) -> features (..., out_features).
+
+    Each layer halves height and width (3 x 3, stride 2).
+
+    Args:
+        shape: (C, H, W) of one image; rows are flat and reshaped inside.
+        channels: of each layer.
+        out_features: width of the dense layer at the end.
+    """
+
+    def __init__(self, shape: Sequence[int], channels: Sequence[int] = (32, 64), out_features: int = 128) -> None:
+        super().__init__()
+        self.shape, self.channels, self.out_features = _image_shape(shape), tuple(channels), out_features
+        positive(out_features=out_features)
+        layers: list[nn.Module] = []
+        for before, after in zip((self.shape[0], *channels), channels, strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
+        self.convolutions = nn.Sequential(*layers)
+        height, width = _sizes(self.shape, len(self.channels))[-1]
+        self.dense = nn.Sequential(nn.Linear(channels[-1] * height * width, out_features), nn.SiLU())
+
+    def settings(self) -> dict[str, Any]:
+        """See `Component.settings`."""
+        return {"shape": self.shape, "channels": self.channels, "out_features": self.out_features}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C*H*W) -> (..., out_features)."""
+        images = _as_images(x, self.shape)
+        features: Tensor = self.dense(self.convolutions(images).flatten(1))
+        return features.reshape(*x.shape[:-1], self.out_features)
+
+
+class ConvDecoder(Component):
+    """The mirror image of `ConvEncoder`, latents (..., latent_dim) -> flat images (..., C*H*W).
+
+    Args:
+        latent_dim: D.
+        shape: (C, H, W) of one image.
+        channels: from the smallest picture to the largest.
+    """
+
+    def __init__(self, latent_dim: int, shape: Sequence[int], channels: Sequence[int] = (64, 32)) -> None:
+        super().__init__()
+        self.latent_dim, self.shape, self.channels = latent_dim, _image_shape(shape), tuple(channels)
+        positive(latent_dim=latent_dim)
+        sizes = _sizes(self.shape, len(self.channels))[::-1]
+        self.start = (self.channels[0], *sizes[0])
+        self.dense = nn.Sequential(nn.Linear(latent_dim, self.start[0] * sizes[0][0] * sizes[0][1]), nn.SiLU())
+        layers: list[nn.Module] = []
+        widths = (*self.channels, self.shape[0])
+        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+            # Output size of a transposed convolution is 2 n - 1 + output_padding: the padding makes odd sizes exact.
+            padding = (sizes[i + 1][0] - (2 * sizes[i][0] - 1), sizes[i + 1][1] - (2 * sizes[i][1] - 1))
+            layers += [nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=padding), nn.SiLU()]
+        self.convolutions = nn.Sequential(*layers[:-1])
+
+    @property
+    def in_features(self) -> int:
+        """D, as for an MLP."""
+        return self.latent_dim
+
+    @property
+    def out_features(self) -> int:
+        """C*H*W."""
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+    def settings(self) -> dict[str, Any]:
+        """See `Component.settings`."""
+        return {"latent_dim": self.latent_dim, "shape": self.shape, "channels": self.channels}
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(..., latent_dim) -> (..., C*H*W)."""
+        start = self.dense(z.reshape(-1, self.latent_dim)).reshape(-1, *self.start)
+        images: Tensor = self.convolutions(start)
+        return images.reshape(*z.shape[:-1], self.out_features)
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) == 2:
+        shape = (1, *shape)
+    if len(shape) != 3:
+        raise ValueError(f"shape={tuple(shape)} must be (channels, height, width) or (height, width) of one image.")
+    return int(shape[0]), int(shape[1]), int(shape[2])
+
+
+def _sizes(shape: tuple[int, int, int], num_layers: int) -> list[tuple[int, int]]:
+    """Height and width before, between and after layers that halve them, rounding up."""
+    sizes = [shape[1:]]
+    for _ in range(num_layers):
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    return sizes
+
+
+def _as_images(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if x.shape[-1] != torch.Size(shape).numel():
+        raise ValueError(
+            f"This network takes flat images of {shape} = {torch.Size(shape).numel()} columns, "
+            f"but was given shape {tuple(x.shape)}."
+        )
+    return x.reshape(-1, *shape)

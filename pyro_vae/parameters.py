@@ -1,0 +1,155 @@
+"""Where Pyro users keep their parameters: in modules that the callables can reach, or in the param store.
+
+A plain function may close over its networks, find them among its globals, be a `functools.partial`, a bound method or
+an effect handler around any of these. `find_modules` looks there, by name and in a fixed order, so that the names are
+the same in every process (a checkpoint depends on it).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+from torch import Tensor, nn
+
+from pyro_vae.rows import Rows
+
+_DEPTH = 5
+
+
+def find_modules(callables: Mapping[str, Callable[..., Any]]) -> dict[str, nn.Module]:
+    """Every outermost `nn.Module` that the callables can reach, by a name unique among them.
+
+    Args:
+        callables: names ("model", "guide") to Pyro callables.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for start, function in callables.items():
+        for name, module in _walk(start, function, seen, _DEPTH):
+            unique = name
+            while unique in found:
+                unique += "'"
+            found[unique] = module
+    return found
+
+
+def _walk(name: str, item: Any, seen: set[int], depth: int) -> Iterator[tuple[str, nn.Module]]:
+    if depth < 0 or id(item) in seen or isinstance(item, (Tensor, type, types.ModuleType, str, bytes, int, float)):
+        return
+    seen.add(id(item))
+    if isinstance(item, nn.Module):
+        yield name, item
+        return
+    for child_name, child in _children(name, item):
+        yield from _walk(child_name, child, seen, depth - 1)
+
+
+def _children(name: str, item: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(item, functools.partial):
+        yield name, item.func
+        yield from ((f"{name}[{i}]", value) for i, value in enumerate(item.args))
+        yield from item.keywords.items()
+    elif isinstance(item, types.MethodType):
+        yield name, item.__self__
+        yield name, item.__func__
+    elif isinstance(item, types.FunctionType):
+        yield from _function_children(item)
+    elif isinstance(item, Mapping):
+        yield from ((f"{name}[{key}]", value) for key, value in item.items())
+    elif isinstance(item, (list, tuple)):
+        yield from ((f"{name}[{i}]", value) for i, value in enumerate(item))
+    elif hasattr(item, "__dict__"):
+        yield from vars(item).items()
+
+
+def _function_children(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    code = function.__code__
+    for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield variable, cell.cell_contents
+        except ValueError:  # a variable that is not assigned yet
+            continue
+    for variable in _names_used(code):
+        value = function.__globals__.get(variable)
+        # Other files' functions are libraries, as a rule: following them would collect what is not the user's.
+        if not isinstance(value, types.FunctionType) or value.__globals__ is function.__globals__:
+            yield variable, value
+    for i, value in enumerate(function.__defaults__ or ()):
+        yield f"{function.__name__}[{i}]", value
+    yield from (function.__kwdefaults__ or {}).items()
+
+
+def _names_used(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_used(constant)
+
+
+def used_leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that require a gradient and that `loss` was computed from, in the order of its graph."""
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(variable := getattr(node, "variable", None), Tensor):
+            yield variable
+        stack.extend(next_node for next_node, _ in reversed(node.next_functions))
+
+
+@contextmanager
+def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The modules in `eval()`; each as it was on leaving."""
+    each = [m for outer in modules.values() for m in outer.modules()]
+    training = [m.training for m in each]
+    try:
+        for module in each:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(each, training, strict=True):
+            module.training = mode
+
+
+@contextmanager
+def judging(modules: Mapping[str, nn.Module], *, validate: bool = False) -> Iterator[None]:
+    """For the time of a judgement: modules in `eval()`, no new entry left in the param store, validation as asked.
+
+    All of it as before on leaving. Pyro's validation would end the run of all rows for the sake of one, so programs are
+    checked with it and evaluated without; a value outside its support costs its own row, see `_Densities`.
+    """
+    store = pyro.get_param_store()
+    known = set(store.keys())
+    try:
+        with evaluating(modules), pyro.validation_enabled(validate):
+            yield
+    finally:
+        for name in set(store.keys()) - known:
+            del store[name]
+
+
+def require_place(modules: Mapping[str, nn.Module], rows: Rows) -> None:
+    """Refuse rows on another device, or of another precision, than the parameters of the modules.
+
+    Raises:
+        ValueError: names both and the mend.
+    """
+    x = rows[0]
+    for module in modules.values():
+        for leaf in module.parameters():
+            if leaf.device != x.device:
+                raise ValueError(
+                    f"x is on {x.device}, the parameters on {leaf.device}: give x.to({str(leaf.device)!r}), "
+                    "or move the modules."
+                )
+            if leaf.dtype.is_floating_point and leaf.dtype != x.dtype:
+                raise ValueError(
+                    f"x has dtype {x.dtype}, the parameters {leaf.dtype}: give x.to({leaf.dtype}), or convert the modules."
+                )

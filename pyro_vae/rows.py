@@ -1,0 +1,111 @@
+"""Rows: what the package means by "x".
+
+A data argument is one tensor whose first dimension counts the rows, or a tuple of tensors with the same number of rows
+(a conditional model: ``model(*x)``, ``guide(*x)``). Inside the package it is always the tuple; `as_rows` is the one
+place where the two meet and where unusable input is refused. Only the first tensor must be floating point; what
+follows it (labels, library sizes) may be anything.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rows = tuple[Tensor, ...]
+"""The rows inside the package: tensors of shape (N, ...), the same N in each."""
+
+Data = Tensor | np.ndarray[Any, Any] | Sequence[Tensor | np.ndarray[Any, Any]]
+"""What a user may hand over as `x`."""
+
+PRECISIONS = (torch.float32, torch.float64)
+
+
+def as_rows(x: Data, name: str = "x") -> Rows:
+    """The rows of `x` as a tuple of tensors, nothing copied.
+
+    Args:
+        x: a tensor or NumPy array (a memory map too) of shape (N, ...), or a tuple of them.
+        name: what to call it in a message.
+
+    Raises:
+        TypeError: `x` holds something else than tensors or arrays.
+        ValueError: no rows, no row dimension, numbers of rows that differ, an integer or half-precision first tensor.
+    """
+    given = x if isinstance(x, (tuple, list)) else (x,)
+    if not given:
+        raise ValueError(f"{name} is an empty tuple: give at least one tensor of rows.")
+    rows = tuple(_as_tensor(part, name if len(given) == 1 else f"{name}[{i}]") for i, part in enumerate(given))
+    for i, part in enumerate(rows):
+        if part.dim() == 0:
+            raise ValueError(f"{name} is a single number, not rows: give a tensor of shape (N, ...).")
+        if len(part) != len(rows[0]):
+            raise ValueError(
+                f"{name}[0] has {len(rows[0])} rows and {name}[{i}] has {len(part)}: all must have the same number."
+            )
+    first = rows[0]
+    if len(first) == 0:
+        raise ValueError(f"{name} has shape {tuple(first.shape)}, that is no rows: give at least one.")
+    if not first.dtype.is_floating_point:
+        raise ValueError(f"{name} has dtype {first.dtype}: densities need floating point, give {name}.float().")
+    if first.dtype not in PRECISIONS:
+        raise ValueError(f"{name} has dtype {first.dtype}, too coarse for log-densities: give {name}.float().")
+    return rows
+
+
+def _as_tensor(part: object, name: str) -> Tensor:
+    if isinstance(part, Tensor):
+        return part
+    if isinstance(part, np.ndarray):
+        with warnings.catch_warnings():
+            # torch warns that it could write to a read-only memory map; the package only reads.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(part)
+    raise TypeError(f"{name} is a {type(part).__name__}: give a torch tensor (torch.as_tensor({name})).")
+
+
+def take(rows: Rows, index: Tensor | slice) -> Rows:
+    """The rows at `index`, from every tensor of the tuple."""
+    return tuple(part[index] for part in rows)
+
+
+def finite_rows(rows: Rows) -> Tensor:
+    """Which rows hold no NaN and no infinity, boolean (N,), in blocks so that a memory map is never read whole."""
+    good = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)
+    for part in rows:
+        if not part.dtype.is_floating_point:
+            continue
+        for start in range(0, len(part), 8192):
+            block = part[start : start + 8192]
+            good[start : start + 8192] &= torch.isfinite(block).reshape(len(block), -1).all(-1)
+    return good
+
+
+def require_finite(rows: Rows, name: str = "x") -> None:
+    """Refuse NaN and infinities.
+
+    Raises:
+        ValueError: names the first such row and how many there are.
+    """
+    good = finite_rows(rows)
+    if not bool(good.all()):
+        bad = (~good).nonzero().flatten()
+        raise ValueError(
+            f"{name} has NaN or infinite values in {len(bad)} of {len(good)} rows, first in row {int(bad[0])}: "
+            "remove these rows or fill the values in."
+        )
+
+
+def positive(**counts: int) -> None:
+    """Refuse counts below one.
+
+    Raises:
+        ValueError: names the argument and its value.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")

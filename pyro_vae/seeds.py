@@ -1,0 +1,34 @@
+"""Randomness that belongs to a call: seeded inside, given back unchanged outside.
+
+A `Seed` is a whole number or a tuple of them. Tuples make keys: block 7 of a run with seed 3 draws from
+``(3, 7)`` whoever computes it, in whatever order and process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+Seed = int | tuple[int, ...]
+
+
+def derive(seed: Seed, *key: int) -> int:
+    """A 63-bit seed for the sub-stream `key` of `seed`, by BLAKE2b: different keys give unrelated streams."""
+    parts = (seed if isinstance(seed, tuple) else (seed,)) + key
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, int):
+            raise ValueError(f"seed={seed!r} must be a whole number.")
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@contextmanager
+def seeded(seed: Seed, device: torch.device, *key: int) -> Iterator[None]:
+    """Torch's random state on the CPU and on `device` seeded with (seed, key); as before on leaving."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive(seed, *key))
+        yield
