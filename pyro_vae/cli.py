@@ -17,7 +17,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "sho
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-class Sizes(click.ParamType):
+class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Widths such as 400 or 200,200."""
 
     name = "sizes"

@@ -172,8 +172,8 @@ def dequantise(x: Tensor, levels: int = 256, *, seed: int | None = None) -> Tens
     levels < 2, or if they are too many for the dtype (16-bit images need float64).
 
     For a density p(y) on rows of d entries, log P(n) >= E_u[log p(y)] - d log(levels) in nats, with equality where p is
-    constant on the cell of n (Uria et al., 2013, arXiv:1306.0186; Theis et al., 2016, arXiv:1511.01844). u is the midpoint
-    of one of 2^14 equal parts of [0, 1) (for float32, 256 levels), so that floor(y * levels) is n whatever the rounding.
+    constant on the cell of n (Uria et al. 2013, arXiv:1306.0186; Theis et al. 2016, arXiv:1511.01844). u is the middle
+    of one of 2^14 equal parts of [0, 1) (for float32, 256 levels): floor(y * levels) is n whatever the rounding.
 
     >>> (dequantise(torch.tensor([0.0, 0.5, 1.0]), levels=3, seed=0) * 3).floor()
     tensor([0., 1., 2.])

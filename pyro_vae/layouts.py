@@ -9,7 +9,7 @@ Which one serves a program is found out by comparison with single runs.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,22 +99,31 @@ def run(
     )
 
 
-def find_layout(attempt: Callable[[Layout], Run], eps: float) -> Layout:
-    """The fastest layout whose densities equal those of single runs.
+def find_layout(
+    function: PyroCallable, probes: Sequence[tuple[Rows, Values]], handler: Callable[[Values], Densities]
+) -> Layout:
+    """The fastest layout whose densities equal those of single runs, on every probe.
 
     Args:
-        attempt: runs the same particles in a layout.
-        eps: machine precision of the rows' dtype.
+        function: a Pyro model or guide.
+        probes: rows and latents (K, N, ...) for them. More than one N is needed: `BatchNorm1d(3)` takes (K, 3, D) for what
+            it knows, and nothing is wrong to see before it is trained.
+        handler: makes the handler of one run from that run's share of the latents.
     """
-    truth = attempt(Layout.LOOPED)
-    expected = truth.latent + truth.observed
+
+    def densities(probe: tuple[Rows, Values], layout: Layout) -> Tensor:
+        rows, particles = probe
+        done = run(function, rows, len(next(iter(particles.values()))), layout, handler, particles)
+        return done.latent + done.observed
+
+    expected = [densities(probe, Layout.LOOPED) for probe in probes]
     # A wrong network is off by far more than rounding.
-    tolerance = 1e3 * eps * (1.0 + expected.abs())
+    tolerance = 1e3 * torch.finfo(probes[0][0][0].dtype).eps
     for layout in (Layout.BATCHED, Layout.TILED):
         try:
-            tried = attempt(layout)
-        except Exception:
+            tried = [densities(probe, layout) for probe in probes]
+        except Exception:  # whatever a network raises that cannot take this layout
             continue
-        if bool(((tried.latent + tried.observed - expected).abs() <= tolerance).all()):
+        if all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(tried, expected, strict=True)):
             return layout
     return Layout.LOOPED

@@ -85,19 +85,18 @@ class LogJoint:
 
     def flatten(self, z: Values) -> Tensor:
         """The vector u (K, N, D) of named latents z, each (K, N, *event_shape)."""
-        columns: dict[str, Tensor] = {}
+        parts: dict[str, list[Tensor]] = {name: [] for name in self._slots}  # one part a run of the model
 
         def recorder(values: Values) -> Place:
             def place(name: str, distribution: Any) -> tuple[Tensor, float]:
-                free = biject_to(distribution.support).inv(values[name])
-                columns[name] = free.reshape(*free.shape[: free.dim() - len(self._slots[name].shape)], -1)
+                parts[name].append(biject_to(distribution.support).inv(values[name]))
                 return values[name], 0.0
 
             return place
 
         self._densities(z, recorder)
-        some = next(iter(z.values()))
-        return torch.cat([columns[name].expand(*some.shape[:2], -1) for name in self._slots], dim=-1)
+        shape = next(iter(z.values())).shape[:2]
+        return torch.cat([torch.cat(part).reshape(*shape, -1) for part in parts.values()], dim=-1)
 
     def _place_unconstrained(self, particles: Values) -> Place:
         u = particles["u"]

@@ -23,8 +23,8 @@ from pyro_vae.rows import Rows, take
 BUDGET = 2**30
 """Default byte budget, 1 GiB."""
 
-CACHE = 2**24
-"""Chunks are not made larger than this many bytes where one pass is enough work anyway: smaller ones stay in the cache."""
+CACHE = 2**26
+"""Chunks are not made larger than this many bytes: enough to keep the cores busy, small enough to stay near the cache."""
 
 
 class _Tally(TorchDispatchMode):

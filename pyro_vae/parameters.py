@@ -7,6 +7,7 @@ the same in every process (a checkpoint depends on it).
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -28,22 +29,28 @@ def find_modules(callables: Mapping[str, Callable[..., Any]]) -> dict[str, nn.Mo
         callables: names ("model", "guide") to Pyro callables.
     """
     found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
     for start, function in callables.items():
-        for name, module in _walk(start, function, seen, _DEPTH):
-            unique = name
-            while unique in found:
-                unique += "'"
-            found[unique] = module
+        # Of a module, or of another object that can be called, also what its code finds among the globals.
+        body = "forward" if isinstance(function, nn.Module) else "__call__"
+        for item in (function, getattr(type(function), body)):
+            for name, module in _walk(start, item, seen, _DEPTH):
+                unique = name
+                while unique in found:
+                    unique += "'"
+                found[unique] = module
     return found
 
 
-def _walk(name: str, item: Any, seen: set[int], depth: int) -> Iterator[tuple[str, nn.Module]]:
-    if depth < 0 or id(item) in seen or isinstance(item, (Tensor, type, types.ModuleType, str, bytes, int, float)):
+def _walk(name: str, item: Any, seen: dict[int, int], depth: int) -> Iterator[tuple[str, nn.Module]]:
+    """`seen` has the depth that was left when an item was met: from nearer by, more of what it holds is in reach."""
+    known = seen.get(id(item), -1)
+    if depth <= known or isinstance(item, (Tensor, type, types.ModuleType, str, bytes, int, float)):
         return
-    seen.add(id(item))
+    seen[id(item)] = depth
     if isinstance(item, nn.Module):
-        yield name, item
+        if known < 0:
+            yield name, item
         return
     for child_name, child in _children(name, item):
         yield from _walk(child_name, child, seen, depth - 1)
@@ -84,11 +91,14 @@ def _function_children(function: types.FunctionType) -> Iterator[tuple[str, Any]
     yield from (function.__kwdefaults__ or {}).items()
 
 
-def _names_used(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+@functools.lru_cache(maxsize=1024)
+def _names_used(code: types.CodeType) -> tuple[str, ...]:
+    """The globals that `code` loads, each once (`code.co_names` has attributes too, which may bear a global's name)."""
+    names = {step.argval: None for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names_used(constant)
+            names |= dict.fromkeys(_names_used(constant))
+    return tuple(names)
 
 
 def used_leaves(loss: Tensor) -> Iterator[Tensor]:
@@ -102,6 +112,17 @@ def used_leaves(loss: Tensor) -> Iterator[Tensor]:
         if isinstance(variable := getattr(node, "variable", None), Tensor):
             yield variable
         stack.extend(next_node for next_node, _ in reversed(node.next_functions))
+
+
+def name_leaves(modules: Mapping[str, nn.Module], store: Mapping[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+    """The leaf tensors with a gradient, each once: of the modules, of the param store, and what else `total` is made of."""
+    leaves: dict[str, Tensor] = {
+        f"{at}.{name}": leaf for at, module in modules.items() for name, leaf in module.named_parameters()
+    }
+    leaves.update(store)
+    leaves.update({f"leaf{i}": leaf for i, leaf in enumerate(used_leaves(total))})
+    first_name = {id(leaf): name for name, leaf in reversed(leaves.items())}
+    return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and first_name[id(leaf)] == name}
 
 
 @contextmanager
@@ -131,8 +152,14 @@ def judging(modules: Mapping[str, nn.Module], *, validate: bool = False) -> Iter
         with evaluating(modules), pyro.validation_enabled(validate):
             yield
     finally:
-        for name in set(store.keys()) - known:
-            del store[name]
+        if not known.issuperset(store.keys()):
+            # Not `del store[name]`: that fails on a tensor that has two names.
+            state = store.get_state()
+            for part in (state["params"], state["constraints"]):
+                for name in part.keys() - known:
+                    del part[name]
+            store.clear()
+            store.set_state(state)
 
 
 def require_place(modules: Mapping[str, nn.Module], rows: Rows) -> None:

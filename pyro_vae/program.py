@@ -15,26 +15,23 @@ dimension; whether the networks take one is found out by comparison with single 
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae.layouts import Layout, PyroCallable, Run, Values, find_layout, run
 from pyro_vae.log_joint import LogJoint, Place, make_slots, place_values
-from pyro_vae.parameters import evaluating, find_modules, judging, require_place, used_leaves
-from pyro_vae.rows import Data, Rows, as_rows, finite_rows, take
+from pyro_vae.parameters import evaluating, find_modules, judging, name_leaves, require_place
+from pyro_vae.rows import Data, Rows, as_rows, finite_rows, position, probe, take
 from pyro_vae.seeds import Seed, seeded
-from pyro_vae.sites import Plate, Site, SiteTable, plate_of_other_size, require_fit, to_event_missing
+from pyro_vae.sites import Plate, Site, SiteTable, cannot_run, require_call, require_fit
 
-PROBE_ROWS = 3
-"""Checks run on this many rows: enough to tell rows from other dimensions, cheap on any data."""
+PROBES = (3, 2)
+"""Checks run on this many rows: few, so that they are cheap; twice, so that no other dimension has the same size."""
 
 
 class _AllDrawn(Exception):
@@ -77,16 +74,18 @@ class _Densities(Messenger):
             return
         value, distribution = msg["value"], msg["fn"]
         log_prob = distribution.log_prob(value).double()
+        inside = distribution.support.check(value)
+        if inside.dim() > log_prob.dim():  # pyro.factor, and supports declared without event dimensions
+            inside = inside.flatten(log_prob.dim()).all(-1)
         if msg["mask"] is not None:
-            log_prob = torch.where(torch.as_tensor(msg["mask"], device=value.device), log_prob, 0.0)
+            mask = torch.as_tensor(msg["mask"], device=value.device)
+            log_prob, inside = torch.where(mask, log_prob, 0.0), inside | ~mask
         if msg["is_observed"]:
             self.observed = self.observed + log_prob
-            outside = ~distribution.support.check(value)
-            self.unsupported = outside if self.unsupported is None else self.unsupported | outside
+            self.unsupported = ~inside if self.unsupported is None else self.unsupported | ~inside
         else:
             self.values[msg["name"]] = value
             # Validation is off in here (see `judging`), so a draw outside the prior's support must be caught by hand.
-            inside = distribution.support.check(value)
             self.latent = self.latent + torch.where(inside, log_prob, -torch.inf)
             if self.latents and self.latents == self.values.keys():
                 raise _AllDrawn
@@ -97,17 +96,25 @@ class _Densities(Messenger):
 
 
 class _Recorder(Messenger):
-    """Keeps what one run shows of its sites and parameters; replays `values` where it is given any."""
+    """Keeps what one run shows of its sites and parameters; replays `values` where it is given any.
 
-    def __init__(self, values: Mapping[str, Tensor] | None = None) -> None:
+    Args:
+        values: latents by name.
+        lenient: draw a latent afresh where its value has another shape, so that `require_fit` can say so.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor] | None = None, *, lenient: bool = False) -> None:
         super().__init__()
-        self.replayed = values or {}
+        self.replayed, self.lenient = values or {}, lenient
         self.sites: dict[str, Site] = {}
         self.parameters: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if _is_row_site(msg) and not msg["is_observed"] and msg["name"] in self.replayed:
-            msg["value"] = self.replayed[msg["name"]]
+        if not _is_row_site(msg) or msg["is_observed"]:
+            return
+        value = self.replayed.get(msg["name"])
+        if value is not None and not (self.lenient and value.shape != msg["fn"].shape()):
+            msg["value"] = value
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not _is_row_site(msg):
@@ -177,21 +184,18 @@ class Program:
         Modules reachable from the callables, `pyro.module`, `pyro.param` (its unconstrained value) and any other leaf
         the log-densities are computed from. Runs the program on a few rows; entries it makes in the param store stay.
         """
-        rows = take(as_rows(x), slice(PROBE_ROWS))
-        modules = self.modules_found()
+        rows, modules = probe(as_rows(x), PROBES[0]), self.modules_found()
         with torch.enable_grad(), evaluating(modules), _Recorder() as recorder:
-            with _Densities() as guide:
-                self.guide(*rows)
-            with _Densities(place_values(guide.values)) as model:
-                self.model(*rows)
-        leaves: dict[str, Tensor] = {
-            f"{at}.{name}": leaf for at, module in modules.items() for name, leaf in module.named_parameters()
-        }
-        leaves |= recorder.parameters
+            guide, model = self._run_once(rows)
         total = sum(torch.as_tensor(part).sum() for part in (guide.latent, model.latent, model.observed))
-        leaves |= {f"leaf{i}": leaf for i, leaf in enumerate(used_leaves(torch.as_tensor(total)))}
-        first_name = {id(leaf): name for name, leaf in reversed(leaves.items())}
-        return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and first_name[id(leaf)] == name}
+        return name_leaves(modules, recorder.parameters, torch.as_tensor(total))
+
+    def _run_once(self, rows: Rows) -> tuple[_Densities, _Densities]:
+        with _Densities() as guide:
+            self.guide(*rows)
+        with _Densities(place_values(guide.values)) as model:
+            self.model(*rows)
+        return guide, model
 
     def check(self, x: Data) -> SiteTable:
         """The table of sites and shapes of this program on the first rows of `x`.
@@ -199,18 +203,14 @@ class Program:
         Raises:
             ValueError: the program does not fit (see `pyro_vae.sites`), or cannot be run on `x`.
         """
-        if isinstance(self.guide, AutoGuide):
-            raise ValueError(
-                f"The guide is an {type(self.guide).__name__}, whose parameters belong to the rows it was set up with: "
-                "write an amortised guide(x) that samples the latents from a network of x."
-            )
         everything = as_rows(x)
         require_place(self.modules_found(), everything)
-        rows = take(everything, slice(PROBE_ROWS))
-        with torch.no_grad(), seeded(0, rows[0].device), judging(self.modules_found(), validate=True):
-            guide = _run_checked(self.guide, rows, "guide", {})
-            model = _run_checked(self.model, rows, "model", {name: site.value for name, site in guide.items()})
-        require_fit(model, guide, len(rows[0]))
+        for count in PROBES:
+            rows = probe(everything, count)
+            with torch.no_grad(), seeded(0, rows[0].device), judging(self.modules_found(), validate=True):
+                guide = _run_checked(self.guide, rows, "guide", {})
+                model = _run_checked(self.model, rows, "model", {name: site.value for name, site in guide.items()})
+            require_fit(model, guide, count)
         return SiteTable(model, guide, len(everything[0]))
 
     def usable_rows(self, rows: Rows) -> tuple[Tensor, list[str]]:
@@ -220,7 +220,7 @@ class Program:
         """
         good = finite_rows(rows)
         reasons = ["" if ok else "NaN or infinite values" for ok in good.tolist()]
-        for part in good.nonzero().flatten().split(1024):
+        for part in good.nonzero().flatten().split(1024) if bool(good.any()) else ():
             for row in part[self._unsupported(take(rows, part))].tolist():
                 reasons[row] = "outside the support of the likelihood"
                 good[row] = False
@@ -228,11 +228,8 @@ class Program:
 
     def _unsupported(self, rows: Rows) -> Tensor:
         with torch.no_grad(), seeded(0, rows[0].device), judging(self.modules_found()):
-            with _Densities() as guide:
-                self.guide(*rows)
-            with _Densities(place_values(guide.values)) as model:
-                self.model(*rows)
-        return torch.as_tensor(model.unsupported).expand(len(rows[0]))
+            unsupported = self._run_once(rows)[1].unsupported
+        return torch.as_tensor(unsupported).expand(len(rows[0]))
 
     def sample(self, x: Data, num_particles: int) -> tuple[Values, Tensor]:
         """Draws from the guide, by torch's ambient generator; the guide runs once however large K is.
@@ -262,10 +259,10 @@ class Program:
         return drawn.values, drawn.latent
 
     def _latents(self, rows: Rows) -> dict[str, Site]:
-        probe = take(rows, slice(PROBE_ROWS))
+        few = probe(rows, PROBES[0])
         with torch.no_grad(), seeded(0, rows[0].device), judging(self.modules_found()):
-            draws = {name: site.value for name, site in record(self.guide, probe).items()}
-            return {name: site for name, site in record(self.model, probe, draws).items() if not site.observed}
+            draws = {name: site.value for name, site in record(self.guide, few).items()}
+            return {name: site for name, site in record(self.model, few, draws).items() if not site.observed}
 
     def log_joint(self, x: Data) -> LogJoint:
         """log p(x, z) per row as a function of one unconstrained vector, (K, N, D) -> (K, N)."""
@@ -274,7 +271,8 @@ class Program:
 
         def densities(particles: Mapping[str, Tensor], place_from: Callable[[Values], Place]) -> Run:
             num_particles = len(next(iter(particles.values())))
-            with judging(modules):
+            # Nothing is drawn but indices of a plate and what the store lacks: the same each time, by seed.
+            with seeded(0, rows[0].device), judging(modules):
                 return run(self.model, rows, num_particles, layout, lambda part: _Densities(place_from(part)), particles)
 
         return LogJoint(densities, make_slots(self._latents(rows)), len(rows[0]))
@@ -302,13 +300,13 @@ class Program:
             self.model(*rows)
         fresh = list(rows)
         for name, data in simulation.data.items():
-            match = [i for i, part in enumerate(rows) if part.shape == data.shape and torch.equal(part, data)]
-            if not match:
+            match = position(tuple(fresh), data)
+            if match is None:
                 raise ValueError(
                     f"Cannot simulate rows: the model observes {name!r} with shape {tuple(data.shape)}, which is not x "
                     f"of shape {tuple(rows[0].shape)} as the guide reads it: observe x itself, unchanged."
                 )
-            fresh[match[0]] = simulation.values.pop(name)
+            fresh[match] = simulation.values.pop(name)
         return tuple(fresh), simulation.values
 
     def layout(self, rows: Rows) -> tuple[Layout, Layout]:
@@ -319,16 +317,13 @@ class Program:
         key = (*((part.shape[1:], part.dtype) for part in rows), networks)
         if key not in cache:
             self.check(rows)
-            probe = take(rows, slice(PROBE_ROWS))
             with torch.no_grad(), seeded(0, rows[0].device), judging(modules):
-                draws = run(self.guide, probe, 2, Layout.LOOPED, lambda _: _Densities()).values
-
-                def handler(part: Values) -> _Densities:
-                    return _Densities(place_values(part))
-
-                eps = torch.finfo(rows[0].dtype).eps
-                model = find_layout(lambda layout: run(self.model, probe, 2, layout, handler, draws), eps)
-                guide = find_layout(lambda layout: run(self.guide, probe, 2, layout, handler, draws), eps)
+                few = [probe(rows, count) for count in PROBES]
+                probes = [(part, run(self.guide, part, 2, Layout.LOOPED, lambda _: _Densities()).values) for part in few]
+                model, guide = (
+                    find_layout(function, probes, lambda values: _Densities(place_values(values)))
+                    for function in (self.model, self.guide)
+                )
             cache[key] = (model, guide)
         return cache[key]
 
@@ -339,22 +334,11 @@ def check(program: Program, x: Data) -> SiteTable:
 
 
 def _run_checked(function: PyroCallable, rows: Rows, where: str, values: Values) -> dict[str, Site]:
-    """`record` with Pyro's errors told in terms of rows."""
+    """The sites of one run, its errors told in terms of rows."""
+    require_call(function, where, rows)
     try:
-        inspect.signature(function).bind(*rows)
-    except TypeError as error:
-        raise ValueError(f"The {where} cannot be called with {len(rows)} tensor(s) of rows: {error}.") from error
-    try:
-        sites = record(function, rows, values)
-        for site in sites.values():
-            site.distribution.log_prob(site.value)
-    except (ValueError, RuntimeError, IndexError) as error:
-        mismatch = re.search(r"plate\('(.*)'\) at site (.*) dim -?\d+, (\d+) vs (\d+)", str(error))
-        if mismatch is None:
-            shapes = ", ".join(str(tuple(part.shape)) for part in rows)
-            raise ValueError(f"The {where} cannot be run on {len(rows[0])} rows of shape {shapes}: {error}") from error
-        plate, site_name, size, found = mismatch[1], mismatch[2], int(mismatch[3]), int(mismatch[4])
-        if size != len(rows[0]):
-            raise plate_of_other_size(plate, size, len(rows[0])) from error
-        raise to_event_missing(site_name, (found,), where) from error
-    return sites
+        with _Recorder(values, lenient=True) as recorder:
+            function(*rows)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        raise cannot_run(error, where, rows) from error
+    return recorder.sites

@@ -73,6 +73,18 @@ def take(rows: Rows, index: Tensor | slice) -> Rows:
     return tuple(part[index] for part in rows)
 
 
+def probe(rows: Rows, count: int) -> Rows:
+    """The first `count` rows, from the beginning again where there are fewer."""
+    return take(rows, torch.arange(count) % len(rows[0]))
+
+
+def position(rows: Rows, part: Tensor) -> int | None:
+    """Which tensor of the tuple `part` is: the object itself, else one of equal values; None if there is none."""
+    same = [i for i, mine in enumerate(rows) if mine is part]
+    equal = [i for i, mine in enumerate(rows) if mine.shape == part.shape and torch.equal(mine, part)]
+    return next(iter(same + equal), None)
+
+
 def finite_rows(rows: Rows) -> Tensor:
     """Which rows hold no NaN and no infinity, boolean (N,), in blocks so that a memory map is never read whole."""
     good = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)

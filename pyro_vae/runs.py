@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_vae.data import Data, Splits, binarise, dequantise, load, threshold
 from pyro_vae.files import write_bytes
+from pyro_vae.learning import checkpoint
 from pyro_vae.learning.history import History
 from pyro_vae.model import guides, likelihoods, nets, priors
 from pyro_vae.model.vae import VAE
@@ -70,7 +71,8 @@ class Run:
             OSError: it cannot be written.
         """
         record = folder / "run.json"
-        if record.exists():
+        # Without a checkpoint the run never began: its fit refused the arguments, or was killed before the first step.
+        if record.exists() and (folder / checkpoint.NAME).exists():
             then = cls.open(folder).arguments
             differ = [
                 f"--{name.replace('_', '-')} was {old!r} and is {getattr(arguments, name)!r}"
@@ -97,7 +99,7 @@ class Run:
         try:
             kept = json.loads(record.read_text())
             return cls(folder, Arguments(**{**kept, "hidden": tuple(kept["hidden"])}))
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{record} is no record of a run ({error}).") from error
 
     def data(self) -> tuple[Data, Splits]:
@@ -115,7 +117,7 @@ class Run:
             return dequantise(x, self._levels(), seed=with_seed)
         return threshold(x) if self.arguments.transform == "threshold" else x
 
-    def transform(self, data: Data) -> Dequantise | object | None:
+    def transform(self, data: Data) -> Callable[[Tensor], Tensor] | None:
         """What `fit` does to each batch, or None."""
         chosen = self.arguments.transform
         if chosen == "none":

@@ -30,5 +30,10 @@ def seeded(seed: Seed, device: torch.device, *key: int) -> Iterator[None]:
     """Torch's random state on the CPU and on `device` seeded with (seed, key); as before on leaving."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive(seed, *key))
+        number = derive(seed, *key)
+        # Not torch.manual_seed: that seeds the generators of all devices, and these alone are given back.
+        torch.default_generator.manual_seed(number)
+        for each in devices:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(number)
         yield

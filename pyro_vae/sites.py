@@ -7,13 +7,18 @@ names the site, its shapes and the mend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import constraints
+
+from pyro_vae.rows import Rows
 
 Shape = tuple[int, ...]
 
@@ -107,14 +112,15 @@ def require_fit(model: Sites, guide: Sites, num_rows: int) -> None:
         ValueError: the first misfit, with the site, its shapes and the mend.
     """
     latents = {name: site for name, site in model.items() if not site.observed}
-    _require_same_names(latents, guide)
     if len(latents) == len(model):
         raise ValueError("The model observes nothing: give its data site obs=x, as in pyro.sample('x', ..., obs=x).")
     if not latents:
         raise ValueError("The model has no latent site: sample z in it with pyro.sample('z', ...), and in the guide.")
-    for where, sites in (("guide", guide), ("model", model)):
-        for site in sites.values():
-            _require_row_site(site, where, num_rows)
+    for site in model.values():
+        _require_row_site(site, "model", num_rows)
+    _require_same_names(latents, guide)
+    for site in guide.values():
+        _require_row_site(site, "guide", num_rows)
     for name, site in latents.items():
         if site.event_shape != guide[name].event_shape:
             raise ValueError(
@@ -128,7 +134,8 @@ def _require_same_names(latents: Sites, guide: Sites) -> None:
     for name, site in guide.items():
         if site.auxiliary:
             raise ValueError(
-                f"The guide's site {name!r} is auxiliary, so q(z|x) has no density in closed form: leave it out."
+                f"The guide's site {name!r} ({site.shapes}) is auxiliary, so that q(z|x) has no density in closed form: "
+                "leave it out, or make it a latent of the model."
             )
     if missing := sorted(set(latents) - set(guide)):
         raise ValueError(
@@ -145,6 +152,10 @@ def _require_same_names(latents: Sites, guide: Sites) -> None:
 def _require_row_site(site: Site, where: str, num_rows: int) -> None:
     kind = "observed site" if site.observed else "latent"
     here = f"The {where}'s {kind} {site.name!r} ({site.shapes})"
+    if not site.observed and _is_discrete(site):
+        raise ValueError(
+            f"{here} is discrete ({site.family}): sum it out in the model, or replace it by a continuous relaxation."
+        )
     if not site.plates:
         role = "would be shared by all rows (a global latent)" if not site.batch_shape else "lies outside every plate"
         raise ValueError(
@@ -158,18 +169,59 @@ def _require_row_site(site: Site, where: str, num_rows: int) -> None:
         )
     plate = site.plates[0]
     if plate.dim != -1:
-        raise ValueError(f"{here} lies in plate {plate.name!r} at dim={plate.dim}: leave `dim` out, so that it is -1.")
-    if plate.size != num_rows:
-        raise plate_of_other_size(plate.name, plate.size, num_rows)
-    if site.batch_shape != (num_rows,):
-        raise to_event_missing(site.name, site.batch_shape[:-1] or site.batch_shape, where)
-    if not site.observed and _is_discrete(site):
         raise ValueError(
-            f"{here} is discrete ({site.family}): sum it out in the model, or replace it by a continuous relaxation."
+            f"{here} lies in plate {plate.name!r} at dim={plate.dim}: leave `dim` out, so that it is -1, and make the "
+            "dimensions on its right event dimensions with .to_event()."
+        )
+    if plate.size != num_rows:
+        raise _plate_of_other_size(plate.name, plate.size, num_rows, where)
+    if site.batch_shape != (num_rows,):
+        raise _to_event_missing(site.name, site.batch_shape[:-1] or site.batch_shape, where)
+    shape = site.batch_shape + site.event_shape
+    if tuple(site.value.shape) != shape:
+        raise ValueError(
+            f"{here} is given a value of shape {tuple(site.value.shape)} on {num_rows} rows: give it one of shape {shape}, "
+            "or a distribution of the value's shape."
         )
 
 
-def to_event_missing(name: str, extra: Shape, where: str) -> ValueError:
+def require_call(function: Callable[..., Any], where: str, rows: Rows) -> None:
+    """Refuse a model or guide (`where`) that is an autoguide, or takes another number of arguments than `rows` has.
+
+    Raises:
+        ValueError: names what it is or takes, and the mend.
+    """
+    if isinstance(function, AutoGuide):
+        raise ValueError(
+            f"The {where} is an {type(function).__name__}, whose parameters belong to the rows it was set up with: "
+            "write an amortised guide(x) that samples the latents from a network of x."
+        )
+    try:
+        inspect.signature(getattr(function, "forward", function)).bind(*rows)
+    except TypeError as error:
+        raise ValueError(
+            f"The {where} cannot be called with the {len(rows)} tensor(s) of x ({error}): "
+            "give x as a tuple of what model and guide both take."
+        ) from error
+
+
+def cannot_run(error: Exception, where: str, rows: Rows) -> ValueError:
+    """The error for a model or guide (`where`) that fails on `rows`: Pyro's own, told in terms of rows."""
+    shapes = ", ".join(str(tuple(part.shape)) for part in rows)
+    mismatch = re.search(r"plate\('(.*)'\) at site (.*) dim -?\d+, (\d+) vs (\d+)", str(error))
+    if mismatch is None:
+        return ValueError(
+            f"The {where} cannot be run on {len(rows[0])} rows of x, shape {shapes} ({error}): "
+            "give x the shape and the values that it was written for."
+        )
+    plate, site_name, size, found = mismatch[1], mismatch[2], int(mismatch[3]), int(mismatch[4])
+    if size != len(rows[0]):
+        return _plate_of_other_size(plate, size, len(rows[0]), where)
+    row = tuple(rows[0].shape[1:])
+    return _to_event_missing(site_name, row if where == "model" and row[-1:] == (found,) else (found,), where)
+
+
+def _to_event_missing(name: str, extra: Shape, where: str) -> ValueError:
     """The error for a site that keeps batch dimensions `extra` besides the plate's own."""
     return ValueError(
         f"The {where}'s site {name!r} keeps {extra} as independent batch dimensions inside the plate over the rows, "
@@ -177,11 +229,11 @@ def to_event_missing(name: str, extra: Shape, where: str) -> ValueError:
     )
 
 
-def plate_of_other_size(plate: str, size: int, num_rows: int) -> ValueError:
+def _plate_of_other_size(plate: str, size: int, num_rows: int, where: str) -> ValueError:
     """The error for a plate that does not run over exactly the rows of x."""
     return ValueError(
-        f"Plate {plate!r} runs over {size} rows, but the model was called with {num_rows}: a subsampled plate or one of "
-        f"fixed size cannot be judged row by row, make it pyro.plate({plate!r}, len(x))."
+        f"Plate {plate!r} runs over {size} rows, but the {where} was called with {num_rows}: a subsampled plate or one "
+        f"of fixed size cannot be judged row by row, make it pyro.plate({plate!r}, len(x))."
     )
 
 

@@ -176,7 +176,10 @@ def test_digits() -> None:
 def test_a_path_is_told_from_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_idx(tmp_path / "digits")
+    write_idx(tmp_path / "mnist", t10k_images=None, t10k_labels=None)
+    monkeypatch.setenv("PYRO_VAE_DATA", str(write_idx(tmp_path / "elsewhere" / "mnist").parent))
     assert [len(load(source)) for source in ("digits", "./digits", Path("digits"))] == [1797, 7, 7]
+    assert [len(load(source)) for source in ("mnist", "./mnist", Path("mnist"))] == [7, 5, 5]
 
 
 def test_unknown_sources_are_refused_with_what_is_known(tmp_path: Path) -> None:
@@ -481,16 +484,24 @@ def test_npz_that_does_not_fit_is_refused(arrays: dict[str, Any], message: str, 
     assert "rows.npz" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["npy", "npz", "pickle", "text", "empty"])
+@pytest.mark.parametrize("kind", ["truncated.npy", "truncated.npz", "flipped.npz", "pickle.npy", "text.npy", "empty.npy"])
 def test_a_damaged_numpy_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / ("rows.npz" if kind == "npz" else "rows.npy")
-    if kind == "npz":
-        np.savez(path, x=TRAIN)
+    path = tmp_path / kind
+    if path.suffix == ".npz":
+        np.savez_compressed(path, x=TRAIN)
     else:
-        np.save(path, np.array([{}], dtype=object) if kind == "pickle" else TRAIN, allow_pickle=True)
-    whole = path.read_bytes()
-    path.write_bytes({"pickle": whole, "text": b"1,2,3\n" * 99, "empty": b""}.get(kind, whole[:-30]))
-    with pytest.raises(ValueError, match=r"rows.np[yz] is damaged or not what its name says .*write or fetch it again"):
+        np.save(path, np.array([{}], dtype=object) if kind == "pickle.npy" else TRAIN, allow_pickle=True)
+    raw = path.read_bytes()
+    start = 30 + sum(struct.unpack("<2H", raw[26:30]))  # of the deflated array in a zip file
+    damaged = {
+        "truncated": raw[:-30],
+        "flipped": raw[:start] + b"\xff" * 8 + raw[start + 8 :],
+        "pickle": raw,
+        "text": b"1,2,3\n" * 99,
+        "empty": b"",
+    }
+    path.write_bytes(damaged[path.stem])
+    with pytest.raises(ValueError, match=rf"{kind} is damaged or not what its name says .*write or fetch it again"):
         load(path)
 
 
@@ -502,7 +513,7 @@ def test_a_damaged_numpy_file_is_refused_by_name(kind: str, tmp_path: Path) -> N
     [
         ("1,2\n3,4.5\n", [[1, 2], [3, 4.5]], None),
         ("a,b\n1,2\n3,4.5\n", [[1, 2], [3, 4.5]], None),
-        ("\ufeffa,b\r\n1,2\r\n", [[1, 2]], None),
+        ("\ufefflabel,b\r\n1,2\r\n", [[2]], [1]),
         ("a,Label,b\n1,7,2\n3,8,4\n", [[1, 2], [3, 4]], [7, 8]),
         ("0,1, TARGET \n1,2,7\n", [[1, 2]], [7]),
         ('"class","a"\n"3","-1e3"\n', [[-1000]], [3]),
@@ -512,6 +523,7 @@ def test_a_damaged_numpy_file_is_refused_by_name(kind: str, tmp_path: Path) -> N
         (",2\n3,\n", [[math.nan, 2], [3, math.nan]], None),
         (",\n3,4\n", [[math.nan, math.nan], [3, 4]], None),
         ("a\n1\n", [[1]], None),
+        (",a\n0,1\n", [[0, 1]], None),
     ],
 )
 def test_csv(text: str, x: list[list[float]], labels: list[int] | None, tmp_path: Path) -> None:

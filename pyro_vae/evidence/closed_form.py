@@ -54,7 +54,7 @@ def exact(program: Program, x: Data, *, seed: Seed = 0) -> Estimate:
     with torch.no_grad():
         peak = log_joint(mode.to(zero.dtype)[None])[0]
         eps = torch.finfo(zero.dtype).eps
-        rounding = eps * (1.0 + peak.abs() + start.abs())
+        rounding = 4.0 * eps * (1.0 + peak.abs())
         _require_quadratic(log_joint, mode, factor, peak, zero.dtype, seed)
     log_det = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     log_p = peak + 0.5 * log_joint.dim * math.log(2.0 * math.pi) - 0.5 * log_det

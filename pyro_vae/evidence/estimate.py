@@ -57,6 +57,9 @@ class Estimate:
         broken = log_weights.isnan() | log_weights.isposinf()
         clean = torch.where(broken, -torch.inf, log_weights)
         log_p, ess, k = weights.log_mean_exp(clean), weights.ess(clean), weights.pareto_k(clean)
+        # Weights that differ by rounding alone have no tail, and the shape of what rounding left means nothing.
+        flat = clean.amax(0) - clean.amin(0) <= 100.0 * particles.rounding
+        k = torch.where(flat & ~k.isnan(), -torch.inf, k)
         error = torch.hypot(weights.standard_error(clean), particles.rounding)
         return cls(
             log_p=log_p,

@@ -44,7 +44,9 @@ class Batches:
             require_finite(self._rows, name)
             self.num_rows = len(self._rows[0])
         else:
-            self.num_rows = len(source)  # type: ignore[arg-type]
+            if not hasattr(source, "__len__"):
+                raise TypeError(f"{name} is a {type(source).__name__} without a length: give a map-style Dataset.")
+            self.num_rows = len(source)
             if self.num_rows == 0:
                 raise ValueError(f"{name} is a data set without rows: give at least one.")
 
@@ -73,7 +75,7 @@ class Batches:
 
     def _fetch(self, index: Tensor) -> Rows:
         rows = take(self._rows, index) if self._rows is not None else self._collate(index)
-        rows = tuple(part.to(self.device) for part in rows)
+        rows = tuple(part.detach().to(self.device) for part in rows)
         return rows if self.transform is None else (self.transform(rows[0]), *rows[1:])
 
     def _collate(self, index: Tensor) -> Rows:

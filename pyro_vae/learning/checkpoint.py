@@ -6,6 +6,7 @@ optimiser, learning-rate schedule, position and history are all there is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_vae import files
 
 NAME = "checkpoint.safetensors"
+
+_PLAIN = (bool, int, float, str, list, tuple, Mapping)
+_COUNTERS = ("steps_taken", "max_plate_nesting")  # what objectives change while they are used
 
 
 def write(
@@ -72,6 +76,12 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | 
     return header, groups
 
 
+def tidy(folder: Path) -> None:
+    """Remove what a process killed in the middle of writing left in `folder`."""
+    for left in folder.glob(f".{NAME}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def require_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings than the run was begun with.
 
@@ -82,6 +92,27 @@ def require_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) 
     if different:
         told = "; ".join(f"{name} was {then.get(name)!r} and is {now[name]!r}" for name in different)
         raise ValueError(f"{folder} holds a run with other settings: {told}. Use another folder, or the same settings.")
+
+
+def name_of(thing: Any) -> str:
+    """A text for a setting that is the same in every process: no addresses, and nothing that running it changes."""
+    if isinstance(thing, functools.partial):
+        return f"{name_of(thing.func)}({name_of([*thing.args, thing.keywords])})"
+    if isinstance(thing, Mapping):
+        return f"{{{', '.join(f'{key}: {name_of(value)}' for key, value in thing.items())}}}"
+    if isinstance(thing, (list, tuple)):
+        return f"[{', '.join(map(name_of, thing))}]"
+    if hasattr(thing, "__qualname__"):
+        return str(thing.__qualname__)
+    if " at 0x" not in repr(thing):
+        return repr(thing)
+    told = {
+        key: value
+        for key, value in sorted(getattr(thing, "__dict__", {}).items())
+        if key[0] != "_" and key not in _COUNTERS
+    }
+    plain = {key: value for key, value in told.items() if isinstance(value, _PLAIN) or hasattr(value, "__qualname__")}
+    return f"{type(thing).__qualname__}({', '.join(f'{key}={name_of(value)}' for key, value in plain.items())})"
 
 
 def restore_optimiser(
@@ -101,7 +132,20 @@ def restore_optimiser(
         kept = optimiser.state[parameters[int(index)]][key]
         optimiser.state[parameters[int(index)]][key] = value.to(kept.device)
     if schedule is not None:
-        schedule.load_state_dict(header["schedule"])
+        schedule.load_state_dict(_typed_as(schedule.state_dict(), header["schedule"]))
+
+
+def _typed_as(fresh: Any, kept: Any) -> Any:
+    """`kept`, which went through JSON, with the types of `fresh`: JSON makes texts of keys and dicts of counters."""
+    if isinstance(fresh, Mapping):
+        keys = {str(key): key for key in fresh}
+        like = fresh.copy()  # type: ignore[attr-defined]
+        like.clear()
+        like.update({keys.get(name, name): _typed_as(fresh.get(keys.get(name)), value) for name, value in kept.items()})
+        return like
+    if isinstance(fresh, (list, tuple)) and len(fresh) == len(kept):
+        return type(fresh)(_typed_as(old, new) for old, new in zip(fresh, kept, strict=True))
+    return kept
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> str | None:

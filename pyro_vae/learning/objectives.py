@@ -5,7 +5,7 @@ For row x with z ~ q(z | x)
     ELBO_beta(x) = log p(x | z) - beta KL(q(z | x) || p(z)),
 
 for beta = 1 the evidence lower bound (Kingma & Welling 2014, eq. 3), in expectation at most log p(x); beta > 1 and warm-up
-from 0: Higgins et al. 2017, Bowman et al. 2016. The KL of a latent is exact (`analytic_kl`) or from the draw (`sampled_kl`).
+from 0: Higgins et al. 2017, Bowman et al. 2016. A latent's KL is exact (`analytic_kl`) or from the draw (`sampled_kl`).
 
 For fixed s, |x - f(z)|^2 + beta KL equals -2 s^2 ELBO with beta = 2 s^2, up to the constant d s^2 log(2 pi s^2).
 

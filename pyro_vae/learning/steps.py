@@ -1,9 +1,10 @@
-"""One gradient step's loss and gradients, for our objectives and for any Pyro ELBO, and what to say when it is not finite."""
+"""Loss and gradients of one step, for our objectives and for any Pyro ELBO, and what to say when they are not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.learning.objectives import ELBO, Objective
+from pyro_vae.parameters import evaluating
 from pyro_vae.program import Program, record
 from pyro_vae.rows import Rows
 from pyro_vae.sites import Site
@@ -37,7 +39,8 @@ class Stepper:
         self.program, self.leaves = program, list(leaves.values())
         self.objective: Any = objective
         # Pyro's own ELBOs are the true ELBO as long as nothing is scaled; any other loss is judged by one more run.
-        scaled = any(not _is_one(site.scale) for f in (program.model, program.guide) for site in _sites(f, rows))
+        with evaluating(program.modules_found()):  # looking must not move BatchNorm's statistics
+            scaled = any(not _is_one(site.scale) for f in (program.model, program.guide) for site in _sites(f, rows))
         self._loss_is_elbo = type(objective) in _TRUE_ELBOS and not scaled
 
     def gradients(self, rows: Rows, steps_taken: int) -> tuple[float, float]:
@@ -57,8 +60,17 @@ class Stepper:
         loss = self._foreign(rows) / count
         if self._loss_is_elbo:
             return loss, -loss
-        with torch.no_grad():
+        with torch.no_grad(), self._kept_buffers():
             return loss, ELBO().rows(model, guide, *rows).mean().item()
+
+    @contextmanager
+    def _kept_buffers(self) -> Iterator[None]:
+        """For a second run of the same rows: BatchNorm's statistics have seen them already."""
+        buffers = [buffer for module in self.program.modules_found().values() for buffer in module.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        yield
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
     def _foreign(self, rows: Rows) -> float:
         """Loss and gradients of a Pyro ELBO, summed over rows as Pyro does; gradients are then those of a mean row."""
@@ -94,7 +106,7 @@ def explain(program: Program, rows: Rows) -> str | None:
 
     Called with the random state that the failing step had, so that it meets the same draws.
     """
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with torch.no_grad(), pyro.validation_enabled(is_validate=False):
         q = record(program.guide, rows)
         p = record(program.model, rows, {name: site.value for name, site in q.items()})
     for where, sites in (("guide", q), ("model", p)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,12 @@ class Training:
         """Go on from where the checkpoint is, to the last epoch."""
         self._resume()
         stepper = Stepper(self.program, self.objective, self.leaves, self.batches.first(2))
-        scalars = Scalars(log_dir)
         total = epochs * self.batches.num_batches
-        with noted(active=self.checkpoint is not None) as stop, Display(total, show=progress) as display:
+        with (
+            closing(Scalars(log_dir)) as scalars,
+            noted(active=self.checkpoint is not None) as stop,
+            Display(total, show=progress) as display,
+        ):
             while self.position.epoch < epochs and not self.history.stopped:
                 self._epoch(stepper, stop, display)
                 scalars.epoch(self.history)
@@ -95,7 +99,6 @@ class Training:
                     self.history.stopped = "stopped by a callback"
                 self._save()
                 stop.leave()
-        scalars.close()
         if self.best:
             self._put("best", self.best)
         return self.history
@@ -113,6 +116,7 @@ class Training:
             done = position.epoch * self.batches.num_batches + position.batch
             display.step(done, position.epoch + 1, position.elbo / position.rows)
             if stop.signal is not None:
+                self._require_finite()
                 self._save()
                 stop.leave()
         self._finish_epoch()
@@ -153,10 +157,15 @@ class Training:
             f"Try a smaller lr, clip_norm=, or look at the rows.{kept}"
         )
 
+    def _require_finite(self) -> None:
+        """Nothing that is broken goes into a checkpoint."""
+        if broken := checkpoints.require_finite(self.leaves):
+            self.position.batch -= 1  # the step that broke it
+            raise FloatingPointError(self._where(f"parameter {broken!r} is not finite after the step"))
+
     def _finish_epoch(self) -> None:
         position, history = self.position, self.history
-        if broken := checkpoints.require_finite(self.leaves):
-            raise FloatingPointError(self._where(f"parameter {broken!r} is not finite after the last step"))
+        self._require_finite()
         position.epoch += 1
         history.epoch.append(position.epoch)
         history.loss.append(position.loss / position.rows)
@@ -202,15 +211,16 @@ class Training:
         files.copy_into(self._everything(), values, Path(what))
 
     def _settings(self) -> dict[str, Any]:
+        name, defaults = checkpoints.name_of, {k: v for k, v in self.optimiser.defaults.items() if k != "lr"}
         return {
             "train": self.batches.fingerprint(),
             "valid": None if self.valid is None else self.valid.fingerprint(),
             "batch_size": self.batches.batch_size,
-            "transform": _name(self.batches.transform),
-            "objective": _name(self.objective),
-            "optimiser": _name(type(self.optimiser)),
+            "transform": name(self.batches.transform),
+            "objective": name(self.objective),
+            "optimiser": f"{name(type(self.optimiser))}({name(defaults)})",
             "lr": [group.get("initial_lr", group["lr"]) for group in self.optimiser.param_groups],
-            "schedule": None if self.schedule is None else _name(type(self.schedule)),
+            "schedule": name(self.schedule),
             "clip_norm": self.clip_norm,
             "patience": self.patience,
             "seed": self.seed,
@@ -229,9 +239,12 @@ class Training:
 
     def _resume(self) -> None:
         """Take everything from the checkpoint, if there is one of the same settings."""
+        if self.checkpoint is None:
+            return
         self._begun_with = self._settings()
-        found = None if self.checkpoint is None else checkpoints.read(self.checkpoint)
-        if found is None or self.checkpoint is None:
+        checkpoints.tidy(self.checkpoint)
+        found = checkpoints.read(self.checkpoint)
+        if found is None:
             self._save()
             return
         header, groups = found
@@ -242,15 +255,3 @@ class Training:
         self.best = groups["best"]
         self.position = Position(**header["state"]["position"])
         self.history = History(**header["state"]["history"])
-
-
-def _name(thing: Any) -> str | None:
-    """A text for a setting that is the same in every process: no addresses."""
-    if thing is None:
-        return None
-    if "__repr__" in vars(type(thing)) and not isinstance(thing, type):
-        return repr(thing)
-    if hasattr(thing, "__qualname__"):
-        return str(thing.__qualname__)
-    plain = {k: v for k, v in vars(thing).items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
-    return f"{type(thing).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(plain.items()))})"

@@ -47,9 +47,10 @@ class Normal(Likelihood):
         scale: s: a number (fixed), or a `Scale`: `Fixed`, `Learned` (shared or per dimension), `FromNetwork`.
 
     Examples:
+        >>> import torch
         >>> from pyro_vae.model.nets import MLP
-        >>> Normal(MLP(2, 5), scale=0.3)
-        Normal(decoder=MLP(in_features=2, out_features=5, hidden=(), activation=SiLU), scale=Fixed(value=0.30000001192092896))
+        >>> Normal(MLP(2, 5), scale=0.25)(torch.zeros(3, 2)).event_shape
+        torch.Size([5])
     """
 
     def __init__(self, decoder: nn.Module, scale: float | Scale) -> None:

@@ -7,6 +7,7 @@ activation is smooth (SiLU), because posterior modes and curvatures are found by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class MLP(Component):
         for width in widths:
             positive(width=width)
         layers: list[nn.Module] = []
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(widths)):
             layers.append(nn.Linear(before, after))
             if i < len(hidden):
                 layers.append(activation())
@@ -127,7 +128,7 @@ class ConvDecoder(Component):
         self.dense = nn.Sequential(nn.Linear(latent_dim, self.start[0] * sizes[0][0] * sizes[0][1]), nn.SiLU())
         layers: list[nn.Module] = []
         widths = (*self.channels, self.shape[0])
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(widths)):
             # Output size of a transposed convolution is 2 n - 1 + output_padding: the padding makes odd sizes exact.
             padding = (sizes[i + 1][0] - (2 * sizes[i][0] - 1), sizes[i + 1][1] - (2 * sizes[i][1] - 1))
             layers += [nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=padding), nn.SiLU()]

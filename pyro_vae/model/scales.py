@@ -41,10 +41,11 @@ class Fixed(Scale):
 
     def __init__(self, value: float | Sequence[float] | Tensor) -> None:
         super().__init__()
-        tensor = torch.as_tensor(value, dtype=torch.get_default_dtype())
-        if not bool((tensor > 0).all()) or not bool(torch.isfinite(tensor).all()):
+        # Read on the CPU: a tensor on the default device may have no values to read ("meta").
+        numbers = torch.as_tensor(value, device="cpu")
+        if not bool(((numbers > 0) & torch.isfinite(numbers)).all()):
             raise ValueError(f"scale={value} must be positive and finite.")
-        self.register_buffer("value", tensor)
+        self.register_buffer("value", torch.as_tensor(value, dtype=torch.get_default_dtype()))
 
     def settings(self) -> dict[str, Any]:
         """See `Component.settings`."""

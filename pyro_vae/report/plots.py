@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from pyro_vae.learning.history import History
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+BLUE = "#0072B2"
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -30,22 +31,8 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def learning_curve(history: History, ax: Axes | None = None) -> Axes:
-    """ELBO of a mean row, in nats, against the epoch: training rows and, where there are any, validation rows.
-
-    The vertical axis leaves out the first steep part: it begins at the worst of the last nine tenths of the epochs.
-    """
-    ax = _axes(ax)
-    ax.plot(history.epoch, history.elbo, color=BLUE, label="training, while it moves")
-    if history.valid_elbo:
-        ax.plot(history.epoch, history.valid_elbo, color=ORANGE, linestyle="--", label="validation")
-    values = np.array([history.elbo, history.valid_elbo or history.elbo])
-    if len(history) >= 10:
-        late = values[:, len(history) // 10 :]
-        room = 0.05 * float(np.ptp(late)) or 1.0
-        ax.set_ylim(float(late.min()) - room, float(values.max()) + room)
-    ax.set(xlabel="epoch", ylabel="ELBO (nats per row)", title="Learning curve")
-    ax.legend(frameon=False)
-    return ax
+    """ELBO of a mean row, in nats, against the epoch; see `History.plot`."""
+    return history.plot(ax)
 
 
 def images(x: Tensor, shape: Sequence[int], ax: Axes | None = None, *, title: str = "", columns: int | None = None) -> Axes:
@@ -77,6 +64,8 @@ def images(x: Tensor, shape: Sequence[int], ax: Axes | None = None, *, title: st
 
 
 def _picture(shape: Sequence[int], x: Tensor) -> tuple[int, int]:
+    if len(x) == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, that is no pictures: give at least one row.")
     plane = tuple(size for size in shape if size > 1) if len(shape) > 2 else tuple(shape)
     if len(plane) != 2 or x[0].numel() != math.prod(plane):
         raise ValueError(f"Rows of {x[0].numel()} numbers are no pictures of shape {tuple(shape)}: give shape=(H, W).")
@@ -132,7 +121,7 @@ def _coloured(ax: Axes, points: Any, labels: Any) -> None:
         )
 
 
-def save(ax: Axes, path: Any) -> None:
+def save(ax: Axes, path: str | Path) -> None:
     """Write the figure of `ax` to a PNG file in one atomic step, and close it."""
     import io
 
@@ -145,4 +134,4 @@ def save(ax: Axes, path: Any) -> None:
     assert figure is not None
     figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(Path(path), buffer.getvalue())

@@ -1,0 +1,116 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from linear_gaussian import LinearGaussian
+from torch import Tensor
+
+import pyro_vae as pv
+from pyro_vae.evidence import blocks
+
+
+@pytest.fixture
+def known() -> LinearGaussian:
+    return LinearGaussian(dtype=torch.float32)
+
+
+@pytest.mark.parametrize("method", [pv.posterior.from_guide, pv.posterior.from_prior])
+def test_the_answer_does_not_depend_on_the_budget(known: LinearGaussian, method: object) -> None:
+    x = known.draw(40)
+    answers = [
+        pv.log_evidence(known.program(1.2), x, method=method, num_particles=300, seed=5, memory=memory)  # type: ignore[arg-type]
+        for memory in (2**30, 2**18, 2**14)
+    ]
+    for other in answers[1:]:
+        torch.testing.assert_close(other.log_p, answers[0].log_p, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(other.standard_error, answers[0].standard_error, rtol=1e-3, atol=1e-6)
+
+
+def test_blocks_are_padded_evenly_and_their_rows_come_back_in_order(known: LinearGaussian) -> None:
+    x = known.draw(1100)
+    done: list[int] = []
+    estimate = pv.log_evidence(known.program(1.1), x, num_particles=50, on_block=done.append)
+    assert done == [367, 734, 1100]
+    error = (estimate.log_p - known.log_p(x)).abs()
+    assert (error < 8.0 * estimate.standard_error).all()
+
+
+def test_seeds_repeat_and_rows_are_independent(known: LinearGaussian) -> None:
+    x = known.draw(1).repeat(2000, 1)
+    program = known.program(1.3)
+    a, b, c = (pv.log_evidence(program, x, num_particles=50, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(a.log_p, b.log_p)
+    assert not torch.equal(a.log_p, c.log_p)
+    assert len(a.log_p.unique()) == 2000
+    # Neighbouring rows of one block share a generator; they must not share noise: correlation within 4 / sqrt(n).
+    pairs = torch.corrcoef(torch.stack([a.log_p[:-1], a.log_p[1:]]))[0, 1]
+    assert abs(pairs) < 4.0 / 2000**0.5
+
+
+def test_many_particles_for_few_rows_are_one_row_a_block(known: LinearGaussian, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", 300)
+    done: list[int] = []
+    pv.log_evidence(known.program(), known.draw(3), num_particles=200, on_block=done.append)
+    assert done == [1, 2, 3]
+
+
+def test_bad_rows_of_a_bare_program_disturb_no_other(known: LinearGaussian) -> None:
+    x = known.draw(30)
+    clean = pv.log_evidence(known.program(1.2), x, num_particles=100)
+    x[[3, 17], 2] = torch.tensor([torch.nan, torch.inf])
+    spoilt = pv.log_evidence(known.program(1.2), x, num_particles=100)
+    bad = torch.zeros(30, dtype=torch.bool)
+    bad[[3, 17]] = True
+    assert torch.equal(spoilt.log_p[~bad], clean.log_p[~bad])
+    assert spoilt.log_p[bad].isnan().all()
+    assert not spoilt.reliable[bad].any()
+    assert "NaN" in spoilt.reasons[3]
+    assert spoilt.mean == pytest.approx(float(clean.log_p[~bad].mean()))
+    assert "2 of them have no value and are not in the mean" in str(spoilt)
+
+
+def test_a_row_outside_the_support_is_impossible() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Exponential(torch.exp(z)), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    program = pv.Program(model, guide)
+    estimate = pv.log_evidence(program, torch.tensor([0.5, -1.0, 2.0]), num_particles=500)
+    assert estimate.log_p[1] == -torch.inf
+    assert "support" in estimate.reasons[1]
+    assert torch.isfinite(estimate.log_p[[0, 2]]).all()
+    assert estimate.mean == -torch.inf
+    alone = pv.log_evidence(program, torch.tensor([-1.0]), num_particles=500)
+    assert alone.log_p.tolist() == [-torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "guide"}, "method='guide' is not a method"),
+        ({"num_particles": 0}, "num_particles=0 must be a whole number of at least 1"),
+        ({"num_particles": -3}, "num_particles=-3"),
+        ({"memory": 0}, "memory=0"),
+        ({"seed": 0.5}, "seed=0.5 must be a whole number"),
+    ],
+)
+def test_bad_arguments_are_named(known: LinearGaussian, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pv.log_evidence(known.program(), known.draw(2), **arguments)  # type: ignore[arg-type]
+
+
+def test_data_on_another_device_are_refused() -> None:
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(1),
+        likelihood=pv.likelihoods.Normal(pv.nets.MLP(1, 3), scale=1.0),
+        guide=pv.guides.DiagonalNormal(pv.nets.MLP(3, hidden=(4,)), latent_dim=1),
+    )
+    with pytest.raises(ValueError, match="x is on meta, the parameters on cpu: give x.to"):
+        pv.log_evidence(vae, torch.zeros(2, 3, device="meta"))
+    with pytest.raises(ValueError, match="dtype torch.float64, the parameters torch.float32"):
+        pv.log_evidence(vae, torch.zeros(2, 3, dtype=torch.float64))

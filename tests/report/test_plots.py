@@ -1,0 +1,156 @@
+"""Figures: on the Axes they were given, titled, labelled, and showing what they were told to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from pyro_vae.learning.history import History
+from pyro_vae.report import plots
+
+
+@pytest.fixture
+def ax() -> Iterator[Axes]:
+    yield plt.subplots()[1]
+    plt.close("all")
+
+
+def history(epochs: int, valid: bool = True) -> History:
+    elbo = [-1000.0 / (1 + i) for i in range(epochs)]
+    made = History(epoch=list(range(1, epochs + 1)), elbo=elbo)
+    made.valid_elbo = [value - 5.0 for value in elbo] if valid else []
+    return made
+
+
+def texts(ax: Axes) -> list[str]:
+    return [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
+
+
+@pytest.mark.parametrize("valid", [True, False])
+@pytest.mark.parametrize("epochs", [1, 2, 40])
+def test_learning_curve(ax: Axes, epochs: int, valid: bool) -> None:
+    record = history(epochs, valid)
+    assert plots.learning_curve(record, ax) is ax
+    assert texts(ax) == ["Learning curve", "epoch", "ELBO (nats per row)"]
+    drawn = [list(line.get_ydata()) for line in ax.get_lines()]
+    assert drawn == ([record.elbo, record.valid_elbo] if valid else [record.elbo])
+    low, high = ax.get_ylim()
+    assert high > max(record.elbo)
+    late = (record.valid_elbo or record.elbo)[epochs // 10 :]
+    assert low < min(late)
+    if epochs == 40:
+        assert low > record.elbo[0]  # the steep beginning is left out
+
+
+def test_learning_curve_of_a_run_that_broke(ax: Axes) -> None:
+    record = history(20)
+    record.valid_elbo[12], record.valid_elbo[13] = float("nan"), -float("inf")
+    plots.learning_curve(record, ax)
+    low, high = ax.get_ylim()
+    assert low < min(record.elbo[2:]) < max(record.elbo) < high
+
+
+def test_images_are_laid_out_row_by_row(ax: Axes) -> None:
+    x = torch.rand(7, 12)
+    assert plots.images(x, (3, 4), ax, title="Seven", columns=3) is ax
+    assert ax.get_title() == "Seven"
+    grid = np.asarray(ax.get_images()[0].get_array())
+    assert grid.shape == (3 * 4 + 1, 3 * 5 + 1)
+    for i in range(7):
+        top, left = 1 + 4 * (i // 3), 1 + 5 * (i % 3)
+        assert np.array_equal(grid[top : top + 3, left : left + 4], x[i].reshape(3, 4).numpy())
+    assert ax.get_images()[0].get_clim() == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 3, 4), (3, 4, 1)])
+def test_images_take_flat_rows_pictures_and_one_channel(ax: Axes, shape: tuple[int, ...]) -> None:
+    x = torch.rand(4, 3, 4)
+    grids = [np.asarray(plots.images(rows, shape, ax).get_images()[-1].get_array()) for rows in (x, x.flatten(1))]
+    assert np.array_equal(grids[0], grids[1])
+    assert np.array_equal(grids[0][1:4, 1:5], x[0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("x", "shape"),
+    [
+        (torch.zeros(2, 12), (3, 5)),
+        (torch.zeros(2, 12), (12,)),
+        (torch.zeros(2, 12), (3, 2, 2)),
+        (torch.zeros(2, 12), ()),
+        (torch.zeros(0, 12), (3, 4)),
+    ],
+)
+def test_images_refuse_wrong_shapes(ax: Axes, x: torch.Tensor, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="pictures"):
+        plots.images(x, shape, ax)
+
+
+@pytest.mark.parametrize("count", [1, 10, 13])
+def test_reconstructions_stand_below_their_originals(ax: Axes, count: int) -> None:
+    x, means = torch.rand(count, 6), torch.rand(count, 6)
+    assert plots.reconstructions(x, means, (2, 3), ax) is ax
+    assert "reconstruction" in ax.get_title()
+    grid = np.asarray(ax.get_images()[0].get_array())
+    for i in range(count):
+        top, left = 1 + 3 * (2 * (i // 10)), 1 + 4 * (i % 10)
+        assert np.array_equal(grid[top : top + 2, left : left + 3], x[i].reshape(2, 3).numpy())
+        assert np.array_equal(grid[top + 3 : top + 5, left : left + 3], means[i].reshape(2, 3).numpy())
+
+
+def points(ax: Axes) -> Any:
+    return np.concatenate([np.asarray(part.get_offsets()) for part in ax.collections])
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_latent_space(ax: Axes, dim: int) -> None:
+    means = torch.randn(30, dim) * torch.arange(1.0, dim + 1)
+    assert plots.latent_space(means, None, ax) is ax
+    assert all(texts(ax)[:2])
+    drawn = points(ax)
+    assert drawn.shape == (30, 2)
+    if dim <= 2:
+        assert np.allclose(drawn[:, :dim], means.numpy(), atol=1e-6)
+        assert ax.get_xlabel() == "E[z1 | x]"
+    else:  # the plane of greatest variance, by the eigenvalues of the covariance
+        variances = np.linalg.eigvalsh(np.cov(means.numpy().T))[::-1]
+        assert np.allclose(drawn.var(0, ddof=1), variances[:2], rtol=1e-4)
+
+
+def test_classes_are_named_where_they_lie(ax: Axes) -> None:
+    labels = torch.tensor([3, 7]).repeat(10)
+    means = torch.stack([labels.float(), -labels.float()], -1) + 0.1 * torch.randn(20, 2)
+    plots.latent_space(means, labels, ax)
+    assert len(ax.collections) == 2
+    for annotation in ax.texts:
+        x, y = annotation.xy
+        assert x == pytest.approx(float(annotation.get_text()), abs=0.2)
+        assert y == pytest.approx(-float(annotation.get_text()), abs=0.2)
+    assert [annotation.get_text() for annotation in ax.texts] == ["3", "7"]
+    colours = [tuple(part.get_facecolor()[0]) for part in ax.collections]
+    assert colours[0] != colours[1]
+
+
+def test_without_axes_a_figure_is_made() -> None:
+    drawn = [
+        plots.learning_curve(history(3)),
+        plots.images(torch.rand(2, 4), (2, 2)),
+        plots.latent_space(torch.randn(3, 2)),
+    ]
+    assert len({id(ax.get_figure()) for ax in drawn}) == 3
+    plt.close("all")
+
+
+@pytest.mark.parametrize("kind", [Path, str])
+def test_save_writes_a_picture_and_closes_the_figure(kind: type, tmp_path: Path) -> None:
+    before = plt.get_fignums()
+    plots.save(plots.images(torch.rand(2, 4), (2, 2)), kind(tmp_path / "new" / "a.png"))
+    assert image.imread(tmp_path / "new" / "a.png").std() > 0.0
+    assert plt.get_fignums() == before
