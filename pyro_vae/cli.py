@@ -212,7 +212,7 @@ def generate(*, run: Path, count: int, out: Path, seed: int, mean: bool, as_json
 
 @app.command()
 @click.option("--out", type=FOLDER, default=Path("runs/demo"), help="Folder for the model, the history and the figures.")
-@click.option("--epochs", default=150, help="Passes over the training rows.")
+@click.option("--epochs", default=100, help="Passes over the training rows.")
 @click.option("--seed", default=0, help="Of everything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON as well.")
 def demo(*, out: Path, epochs: int, seed: int, as_json: bool) -> None:

@@ -31,9 +31,12 @@ class Slot:
     shape: tuple[int, ...]
 
 
-def make_slots(latents: Sites) -> dict[str, Slot]:
+Slots = dict[str, Slot]
+
+
+def make_slots(latents: Sites) -> Slots:
     """One slot a latent, in the order of the model."""
-    slots: dict[str, Slot] = {}
+    slots: Slots = {}
     start = 0
     for name, site in latents.items():
         shape = tuple(biject_to(site.distribution.support).inverse_shape(torch.Size(site.event_shape)))
@@ -59,7 +62,7 @@ class LogJoint:
     def __init__(
         self,
         densities: Callable[[Mapping[str, Tensor], Callable[[Values], Place]], Run],
-        slots: dict[str, Slot],
+        slots: Slots,
         num_rows: int,
     ) -> None:
         self._densities, self._slots, self.num_rows = densities, slots, num_rows

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_vae.layouts import Values
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.program import Program
-from pyro_vae.rows import Rows, take
+from pyro_vae.rows import Rows, probe, take
 
 BUDGET = 2**30
 """Default byte budget, 1 GiB."""
@@ -67,10 +67,10 @@ def in_chunks(
     """
     num_particles, num_rows = next(iter(z.values())).shape[:2]
     with torch.no_grad():
-        each = _bytes_per_particle(program, rows, z, density)
+        each, shared = _bytes_needed(program, rows, z, density)
         if each > budget:
             raise ValueError(f"memory={budget} bytes is less than one particle of one row takes ({each}): give more.")
-        chunk = min(budget, max(CACHE, each))
+        chunk = max(each, min(budget - shared, CACHE))
         row_step = min(num_rows, chunk // each)
         particle_step = max(1, chunk // (each * row_step))
         out = torch.empty(num_particles, num_rows, dtype=torch.float64, device=rows[0].device)
@@ -83,13 +83,17 @@ def in_chunks(
     return out
 
 
-def _bytes_per_particle(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]) -> int:
-    """Bytes a particle and row, from the difference of two small runs so that what both share does not count."""
-    num_rows = min(4, len(rows[0]))
-    log_joint = program.log_joint(take(rows, slice(num_rows)))
+def _bytes_needed(
+    program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]
+) -> tuple[int, int]:
+    """Bytes of one particle of one row, and those that any number of them share, from small runs of 4 and of 2 rows."""
 
     def run(count: int) -> int:
-        some = {name: value[:1, :num_rows].repeat(count, *(1,) * (value.dim() - 1)) for name, value in z.items()}
+        log_joint = program.log_joint(probe(rows, count))
+        index = torch.arange(count) % len(rows[0])
+        some = {name: value[:1, index].repeat(2, *(1,) * (value.dim() - 1)) for name, value in z.items()}
         return bytes_allocated(lambda: density(log_joint, some))
 
-    return max(1, (run(4) - run(2)) // (2 * num_rows))
+    large, small = run(4), run(2)
+    each = max(1, -(-(large - small) // 4))  # two particles of two rows more
+    return each, max(0, small - 4 * each)

@@ -127,9 +127,10 @@ def name_leaves(modules: Mapping[str, nn.Module], store: Mapping[str, Tensor], t
 
 @contextmanager
 def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The modules in `eval()`; each as it was on leaving."""
+    """The modules in `eval()`; each as it was on leaving, and so its frozen parameters, which a `PyroModule` unfreezes."""
     each = [m for outer in modules.values() for m in outer.modules()]
     training = [m.training for m in each]
+    frozen = [leaf for outer in modules.values() for leaf in outer.parameters() if not leaf.requires_grad]
     try:
         for module in each:
             module.training = False
@@ -137,6 +138,8 @@ def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in zip(each, training, strict=True):
             module.training = mode
+        for leaf in frozen:
+            leaf.requires_grad = False
 
 
 @contextmanager

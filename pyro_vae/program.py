@@ -24,7 +24,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae.layouts import Layout, PyroCallable, Run, Values, find_layout, run
-from pyro_vae.log_joint import LogJoint, Place, make_slots, place_values
+from pyro_vae.log_joint import LogJoint, Place, Slots, make_slots, place_values
 from pyro_vae.parameters import evaluating, find_modules, judging, name_leaves, require_place
 from pyro_vae.rows import Data, Rows, as_rows, finite_rows, position, probe, take
 from pyro_vae.seeds import Seed, seeded
@@ -252,22 +252,15 @@ class Program:
             log_p: log p(z), (K, N), float64.
         """
         rows = as_rows(x)
-        layout = self.layout(rows)[0]
-        names = frozenset(self._latents(rows))
+        layout, _, slots = self.layout(rows)
         with torch.no_grad(), judging(self.modules_found()):
-            drawn = run(self.model, rows, num_particles, layout, lambda _: _Densities(latents=names))
+            drawn = run(self.model, rows, num_particles, layout, lambda _: _Densities(latents=frozenset(slots)))
         return drawn.values, drawn.latent
-
-    def _latents(self, rows: Rows) -> dict[str, Site]:
-        few = probe(rows, PROBES[0])
-        with torch.no_grad(), seeded(0, rows[0].device), judging(self.modules_found()):
-            draws = {name: site.value for name, site in record(self.guide, few).items()}
-            return {name: site for name, site in record(self.model, few, draws).items() if not site.observed}
 
     def log_joint(self, x: Data) -> LogJoint:
         """log p(x, z) per row as a function of one unconstrained vector, (K, N, D) -> (K, N)."""
         rows = as_rows(x)
-        layout, modules = self.layout(rows)[0], self.modules_found()
+        (layout, _, slots), modules = self.layout(rows), self.modules_found()
 
         def densities(particles: Mapping[str, Tensor], place_from: Callable[[Values], Place]) -> Run:
             num_particles = len(next(iter(particles.values())))
@@ -275,7 +268,7 @@ class Program:
             with seeded(0, rows[0].device), judging(modules):
                 return run(self.model, rows, num_particles, layout, lambda part: _Densities(place_from(part)), particles)
 
-        return LogJoint(densities, make_slots(self._latents(rows)), len(rows[0]))
+        return LogJoint(densities, slots, len(rows[0]))
 
     def log_weights(self, x: Data, num_particles: int, seed: Seed = 0) -> tuple[Tensor, Values]:
         """log p(x, z) - log q(z | x) for K draws of the guide, (K, N) float64, and the draws."""
@@ -309,14 +302,17 @@ class Program:
             fresh[match] = simulation.values.pop(name)
         return tuple(fresh), simulation.values
 
-    def layout(self, rows: Rows) -> tuple[Layout, Layout]:
-        """How particles go through the model and the guide, found out once for each shape of row and set of networks."""
+    def layout(self, rows: Rows) -> tuple[Layout, Layout, Slots]:
+        """How particles go through the model and the guide, and where each latent lies in the unconstrained vector.
+
+        Found out once for each shape of row and set of networks.
+        """
         modules = self.modules_found()
-        cache: dict[Any, tuple[Layout, Layout]] = self.__dict__.setdefault("_layouts", {})
+        cache: dict[Any, tuple[Layout, Layout, Slots]] = self.__dict__.setdefault("_layouts", {})
         networks = tuple(id(m) for outer in modules.values() for m in outer.modules())
         key = (*((part.shape[1:], part.dtype) for part in rows), networks)
         if key not in cache:
-            self.check(rows)
+            latents = {name: site for name, site in self.check(rows).model.items() if not site.observed}
             with torch.no_grad(), seeded(0, rows[0].device), judging(modules):
                 few = [probe(rows, count) for count in PROBES]
                 probes = [(part, run(self.guide, part, 2, Layout.LOOPED, lambda _: _Densities()).values) for part in few]
@@ -324,7 +320,7 @@ class Program:
                     find_layout(function, probes, lambda values: _Densities(place_values(values)))
                     for function in (self.model, self.guide)
                 )
-            cache[key] = (model, guide)
+            cache[key] = (model, guide, make_slots(latents))
         return cache[key]
 
 

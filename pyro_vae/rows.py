@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,8 @@ def _as_tensor(part: object, name: str) -> Tensor:
             # torch warns that it could write to a read-only memory map; the package only reads.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(part)
-    raise TypeError(f"{name} is a {type(part).__name__}: give a torch tensor (torch.as_tensor({name})).")
+    whole = name.split("[")[0]
+    raise TypeError(f"{name} is a {type(part).__name__}: give a tensor or a tuple of tensors, as torch.as_tensor({whole}).")
 
 
 def take(rows: Rows, index: Tensor | slice) -> Rows:
@@ -119,5 +121,5 @@ def positive(**counts: int) -> None:
         ValueError: names the argument and its value.
     """
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")

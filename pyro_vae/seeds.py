@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 
@@ -19,9 +20,9 @@ def derive(seed: Seed, *key: int) -> int:
     """A 63-bit seed for the sub-stream `key` of `seed`, by BLAKE2b: different keys give unrelated streams."""
     parts = (seed if isinstance(seed, tuple) else (seed,)) + key
     for part in parts:
-        if isinstance(part, bool) or not isinstance(part, int):
-            raise ValueError(f"seed={seed!r} must be a whole number.")
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+        if isinstance(part, bool) or not isinstance(part, Integral):
+            raise ValueError(f"seed={seed!r} must be a whole number or a tuple of them.")
+    digest = hashlib.blake2b(repr(tuple(map(int, parts))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -113,9 +113,15 @@ def require_fit(model: Sites, guide: Sites, num_rows: int) -> None:
     """
     latents = {name: site for name, site in model.items() if not site.observed}
     if len(latents) == len(model):
-        raise ValueError("The model observes nothing: give its data site obs=x, as in pyro.sample('x', ..., obs=x).")
+        raise ValueError(
+            f"The model observes nothing (its sites are {sorted(model)}): give its data site obs=x, as in "
+            "pyro.sample('x', ..., obs=x)."
+        )
     if not latents:
-        raise ValueError("The model has no latent site: sample z in it with pyro.sample('z', ...), and in the guide.")
+        raise ValueError(
+            f"The model has no latent site (its sites are {sorted(model)}): sample z in it with pyro.sample('z', ...), "
+            "and in the guide."
+        )
     for site in model.values():
         _require_row_site(site, "model", num_rows)
     _require_same_names(latents, guide)
@@ -125,7 +131,7 @@ def require_fit(model: Sites, guide: Sites, num_rows: int) -> None:
         if site.event_shape != guide[name].event_shape:
             raise ValueError(
                 f"Latent {name!r} has event shape {site.event_shape} in the model and {guide[name].event_shape} "
-                "in the guide: give both the same size."
+                "in the guide: give both the same, by their sizes and by .to_event()."
             )
         _require_inside(site, guide[name])
 
@@ -208,6 +214,9 @@ def require_call(function: Callable[..., Any], where: str, rows: Rows) -> None:
 def cannot_run(error: Exception, where: str, rows: Rows) -> ValueError:
     """The error for a model or guide (`where`) that fails on `rows`: Pyro's own, told in terms of rows."""
     shapes = ", ".join(str(tuple(part.shape)) for part in rows)
+    subsample = re.search(r"subsample_size does not match len\(subsample\), (\d+) vs", str(error))
+    if subsample is not None:
+        return _plate_of_other_size(None, int(subsample[1]), len(rows[0]), where)
     mismatch = re.search(r"plate\('(.*)'\) at site (.*) dim -?\d+, (\d+) vs (\d+)", str(error))
     if mismatch is None:
         return ValueError(
@@ -229,11 +238,12 @@ def _to_event_missing(name: str, extra: Shape, where: str) -> ValueError:
     )
 
 
-def _plate_of_other_size(plate: str, size: int, num_rows: int, where: str) -> ValueError:
-    """The error for a plate that does not run over exactly the rows of x."""
+def _plate_of_other_size(plate: str | None, size: int, num_rows: int, where: str) -> ValueError:
+    """The error for a plate that does not run over exactly the rows of x; Pyro does not always tell its name."""
     return ValueError(
-        f"Plate {plate!r} runs over {size} rows, but the {where} was called with {num_rows}: a subsampled plate or one "
-        f"of fixed size cannot be judged row by row, make it pyro.plate({plate!r}, len(x))."
+        f"{'A plate' if plate is None else f'Plate {plate!r}'} runs over {size} rows, but the {where} was called with "
+        f"{num_rows}: a subsampled plate or one of fixed size cannot be judged row by row, "
+        f"make it pyro.plate({plate or 'data'!r}, len(x))."
     )
 
 

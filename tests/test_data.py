@@ -484,7 +484,7 @@ def test_npz_that_does_not_fit_is_refused(arrays: dict[str, Any], message: str, 
     assert "rows.npz" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["truncated.npy", "truncated.npz", "flipped.npz", "pickle.npy", "text.npy", "empty.npy"])
+@pytest.mark.parametrize("kind", ["short.npy", "short.npz", "flipped.npz", "pickle.npy", "text.npy", "empty.npy"])
 def test_a_damaged_numpy_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     path = tmp_path / kind
     if path.suffix == ".npz":
@@ -494,7 +494,7 @@ def test_a_damaged_numpy_file_is_refused_by_name(kind: str, tmp_path: Path) -> N
     raw = path.read_bytes()
     start = 30 + sum(struct.unpack("<2H", raw[26:30]))  # of the deflated array in a zip file
     damaged = {
-        "truncated": raw[:-30],
+        "short": raw[:-30],
         "flipped": raw[:start] + b"\xff" * 8 + raw[start + 8 :],
         "pickle": raw,
         "text": b"1,2,3\n" * 99,

@@ -72,7 +72,9 @@ def test_a_file_has_the_rights_of_any_other_file(tmp_path: Path) -> None:
     assert kept == 0o027
 
 
-@pytest.mark.parametrize(("given", "wanted"), [("a", "a.safetensors"), ("a.safetensors", "a.safetensors"), ("v1.2", "v1.2.safetensors")])
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("a", "a.safetensors"), ("a.safetensors", "a.safetensors"), ("v1.2", "v1.2.safetensors")]
+)
 def test_suffix(given: str, wanted: str) -> None:
     assert files.with_suffix(Path("d") / given) == Path("d") / wanted
 
@@ -100,7 +102,9 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("where", ["write", "flush", "fsync", "replace", "mkstemp"])
-def test_full_disk_leaves_the_old_file_and_nothing_else(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_file_and_nothing_else(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.safetensors"
     before = ours(path)
 

@@ -82,8 +82,8 @@ class Training:
         self, epochs: int, *, callbacks: Sequence[Callback], log_dir: str | Path | None, progress: bool | None
     ) -> History:
         """Go on from where the checkpoint is, to the last epoch."""
-        self._resume()
         stepper = Stepper(self.program, self.objective, self.leaves, self.batches.first(2))
+        self._resume()
         total = epochs * self.batches.num_batches
         with (
             closing(Scalars(log_dir)) as scalars,

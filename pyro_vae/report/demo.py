@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[Callable[..., Any], int]] = {
 }
 
 
-def run(out: Path, *, seed: int = 0, epochs: int = 150, progress: bool | None = None) -> dict[str, Any]:
+def run(out: Path, *, seed: int = 0, epochs: int = 100, progress: bool | None = None) -> dict[str, Any]:
     """Fit, evaluate and draw; everything goes to the folder `out`, files of an earlier demo are replaced.
 
     Args:
@@ -55,17 +55,21 @@ def run(out: Path, *, seed: int = 0, epochs: int = 150, progress: bool | None = 
     with seeded(seed, torch.device("cpu"), 2):
         vae = VAE(
             prior=priors.StandardNormal(LATENT_DIM),
-            likelihood=likelihoods.Normal(nets.MLP(LATENT_DIM, 64, hidden=(128, 128)), scale=likelihoods.Learned()),
+            likelihood=likelihoods.Normal(nets.MLP(LATENT_DIM, 64, hidden=(128, 128)), scale=likelihoods.Learned(initial=0.3)),
             guide=guides.DiagonalNormal(nets.MLP(64, hidden=(128, 128)), latent_dim=LATENT_DIM),
         )
-    console.print(f"{data}; {len(train)} to fit, {len(valid)} to validate, {len(test)} held out")
+    console.print(f"{data}; {len(train)} to fit, {len(valid)} to validate, {len(test)} held out", soft_wrap=True)
     history = fit(vae, train, valid, epochs=epochs, batch_size=64, lr=2e-3, seed=seed, progress=progress)
     vae.save(out / "vae")
     write_bytes(out / "history.json", json.dumps(history.to_dict(), indent=2).encode())
     rows = _evaluate(vae, test, seed, out)
     console.print(_table(rows, len(test)))
+    console.print(
+        "All of these are lower bounds in expectation. MC error: of the draws; data error: of the choice of rows;\n"
+        "ESS: median effective particles; reliable: rows whose weights pass the Pareto k-hat test."
+    )
     _draw(vae, history, splits, test, seed, out)
-    console.print(f"model, history, evidence and figures are in {out}")
+    console.print(f"model, history, evidence and figures are in {out}", soft_wrap=True)
     return {"out": str(out), "held_out_rows": len(test), "methods": rows}
 
 
@@ -98,21 +102,22 @@ def _entry(name: str, estimate: Estimate, count: int, seconds: float) -> dict[st
 
 
 def _table(rows: list[dict[str, Any]], count: int) -> Table:
-    table = Table(title=f"log p(x) of {count} held-out rows, nats a row (standard errors behind +-)")
-    for head in ("method", "log p(x)", "+- Monte Carlo", "bias", "+- data", "median ESS", "reliable", "s"):
-        table.add_column(head, justify="left" if head == "method" else "right")
+    table = Table(title=f"log p(x) of {count} held-out rows, nats a row")
+    for head in ("method", "particles", "log p(x)", "MC error", "bias", "data error", "ESS", "reliable", "s"):
+        table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
     for row in rows:
         if row["method"] == "ELBO":
-            table.add_row("ELBO (lower bound)", f"{row['log_p']:.2f}", "", "", f"{row['data_error']:.2f}", "", "", "")
+            table.add_row("ELBO", "", f"{row['log_p']:.2f}", "", "", f"{row['data_error']:.2f}", "", "", "")
             continue
         table.add_row(
-            f"{row['method']}, {row['particles']:,} particles",
+            row["method"],
+            f"{row['particles']:,}",
             f"{row['log_p']:.2f}",
-            f"{row['standard_error']:.2f}",
+            f"{row['standard_error']:.3f}",
             f"{row['bias']:.2f}",
             f"{row['data_error']:.2f}",
             f"{row['median_ess']:.0f}",
-            f"{row['reliable']} of {count}",
+            f"{row['reliable']}/{count}",
             f"{row['seconds']:.1f}",
         )
     return table

@@ -56,7 +56,10 @@ def images(x: Tensor, shape: Sequence[int], ax: Axes | None = None, *, title: st
     for i, picture in enumerate(pictures):
         top, left = 1 + (i // columns) * (height + 1), 1 + (i % columns) * (width + 1)
         grid[top : top + height, left : left + width] = picture
-    ax = _axes(ax)
+    if ax is None:
+        from matplotlib import pyplot as plt
+
+        ax = plt.subplots(figsize=(6.4, 6.4 * grid.shape[0] / grid.shape[1] + 0.4), layout="constrained")[1]
     ax.imshow(grid, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title)

@@ -99,8 +99,14 @@ def test_going_on_from_a_file_is_the_same_to_the_bit(optimiser: str, schedule: s
 def test_groups_settings_and_state_come_back(tmp_path: Path) -> None:
     parameters = fresh()
     optimiser = OPTIMISERS["Adam"](parameters)
-    groups = {"parameter": {"a/b": parameters[0]}, "buffer": {"mean": torch.arange(3)}, "best": {"buffer/x.y": torch.zeros(1)}}
-    checkpoint.write(tmp_path / "new", {"lr": [0.1]}, {"best": -float("inf"), "elbo": [0.1, 1 / 3]}, groups, optimiser, None)
+    groups = {
+        "parameter": {"a/b": parameters[0]},
+        "buffer": {"mean": torch.arange(3)},
+        "best": {"buffer/x.y": torch.zeros(1)},
+    }
+    checkpoint.write(
+        tmp_path / "new", {"lr": [0.1]}, {"best": -float("inf"), "elbo": [0.1, 1 / 3]}, groups, optimiser, None
+    )
     found = checkpoint.read(tmp_path / "new")
     assert found is not None
     header, tensors = found
@@ -142,7 +148,9 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
 def test_other_settings_are_named_with_both_values() -> None:
     then, now = {"lr": [0.1], "seed": 3, "patience": None}, {"lr": [0.2], "seed": 3, "patience": 4}
     checkpoint.require_same(Path("runs/a"), then, dict(then))
-    with pytest.raises(ValueError, match=r"runs/a.*lr was \[0\.1\] and is \[0\.2\]; patience was None and is 4\. Use") as told:
+    with pytest.raises(
+        ValueError, match=r"runs/a.*lr was \[0\.1\] and is \[0\.2\]; patience was None and is 4\. Use"
+    ) as told:
         checkpoint.require_same(Path("runs/a"), then, now)
     assert "seed" not in str(told.value)
 

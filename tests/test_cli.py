@@ -1,0 +1,297 @@
+"""The command line: the job end to end, and a user's mistakes in one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib import image
+
+import pyro_vae as pv
+from pyro_vae import cli
+
+TINY = ["--latent", "2", "--hidden", "8", "--epochs", "2", "--batch-size", "256"]
+
+
+def run(*words: Any) -> int:
+    """The exit code of a command."""
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the digits."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    assert run("fit", "digits", *TINY, "--transform", "dequantise", "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain numbers with names and labels."""
+    path = tmp_path_factory.mktemp("data") / "table.csv"
+    x = np.random.default_rng(0).normal(size=(60, 3)) @ np.array([[1.0, 0.5, 0.0], [0.0, 1.0, 2.0], [0.3, 0.0, 1.0]])
+    pd.DataFrame(x, columns=["a", "b", "c"]).assign(label=np.arange(60) % 2).to_csv(path, index=False)
+    return path
+
+
+# The job
+
+
+def test_fit_leaves_a_whole_run(fitted: Path) -> None:
+    names = {"run.json", "checkpoint.safetensors", "vae.safetensors", "history.json", "learning_curve.png"}
+    assert {path.name for path in fitted.iterdir()} >= names
+    assert image.imread(fitted / "learning_curve.png").std() > 0.01
+    assert json.loads((fitted / "history.json").read_text())["epoch"] == [1, 2]
+    assert pv.load(fitted / "vae").prior.latent_dim == 2
+
+
+def test_the_same_command_returns_the_same_run(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((fitted / "history.json").read_text())
+    vae = (fitted / "vae.safetensors").read_bytes()
+    assert run("fit", "digits", *TINY, "--transform", "dequantise", "--out", fitted, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"out": str(fitted), **before}
+    assert err == ""
+    assert (fitted / "vae.safetensors").read_bytes() == vae
+
+
+def test_other_arguments_with_the_same_folder(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vae = (fitted / "vae.safetensors").read_bytes()
+    assert run("fit", "digits", *TINY, "--lr", "0.5", "--out", fitted) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "--transform was 'dequantise' and is 'none'; --lr was 0.001 and is 0.5. Give another --out" in err
+    assert err.count("\n") == 1
+    assert (fitted / "vae.safetensors").read_bytes() == vae
+
+
+def test_fit_says_how_it_went(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run("fit", table, *TINY, "--guide", "full", "--scale", "per-dimension", "--valid", "0.2", "--out", tmp_path / "b")
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"epoch 2: ELBO -?[\d.]+, validation -?[\d.]+ nats a row, [\d.]+ s\nsaved in .*b\n", out)
+    assert pv.load(tmp_path / "b" / "vae").generate(2).shape == (2, 3)  # the labels are no column of x
+
+
+def test_evaluate_writes_rows_and_json(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", fitted, "--method", "guide", "--particles", "50", "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    rows = pd.read_csv(fitted / "evidence.csv")
+    columns = [
+        "row",
+        "log_p",
+        "standard_error",
+        "bias",
+        "lower",
+        "upper",
+        "ess",
+        "pareto_k",
+        "evaluations",
+        "engine",
+        "reliable",
+    ]
+    assert list(rows.columns)[: len(columns)] == columns
+    assert about["rows"] == len(rows) == 180
+    assert rows["row"].tolist() == list(range(180))
+    assert rows["log_p"].mean() == pytest.approx(about["mean"], rel=1e-9)
+    assert rows["reliable"].sum() == about["reliable"]
+    assert about["data_standard_error"] == pytest.approx(rows["log_p"].std() / 180**0.5, rel=1e-6)
+    assert (rows["evaluations"] >= 50).all()
+
+
+def test_evaluate_is_the_librarys_answer_on_the_held_out_rows(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", fitted, "--particles", "20", "--seed", "3", "--rows", "15") == 0
+    assert re.match(r"log p\(x\) = -?[\d.]+ nats a row", capsys.readouterr().out)
+    from pyro_vae.runs import Run
+
+    opened = Run.open(fitted)
+    x = opened.view(opened.data()[1].test.x)[:15]
+    estimate = pv.log_evidence(pv.load(fitted / "vae"), x, method=pv.posterior.from_guide, num_particles=20, seed=3)
+    rows = pd.read_csv(fitted / "evidence.csv")
+    assert rows["log_p"].tolist() == pytest.approx(estimate.log_p.tolist(), rel=1e-6)
+
+
+def test_the_prior_as_a_method(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", fitted, "--method", "prior", "--particles", "30", "--rows", "4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "prior"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])
+@pytest.mark.parametrize("mean", [True, False])
+def test_generate(suffix: str, mean: bool, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / f"samples{suffix}"
+    assert run("generate", fitted, "-n", "9", "--seed", "5", "--out", out, *(["--mean"] if mean else [])) == 0
+    assert capsys.readouterr().out == f"9 rows are in {out}\n"
+    expected = pv.load(fitted / "vae").generate(9, seed=5, noise=not mean)
+    if suffix == ".png":
+        assert image.imread(out).std() > 0.01
+    else:
+        found = np.load(out) if suffix == ".npy" else np.loadtxt(out, delimiter=",", dtype=np.float32)
+        assert torch.allclose(torch.from_numpy(found), expected)
+
+
+def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--epochs", "1", "--out", tmp_path / "demo", "--json") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["out"] == str(tmp_path / "demo")
+    assert (tmp_path / "demo" / "vae.safetensors").exists()
+
+
+# Mistakes
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no such command": (["fti"], r"No such command 'fti'"),
+    "no such option": (["fit", "digits", "--out", "OUT", "--latents", "3"], r"No such option.*--latents"),
+    "no out": (["fit", "digits"], r"Missing option '--out'"),
+    "no data": (["fit", "--out", "OUT"], r"Missing argument 'DATA'"),
+    "data": (["fit", "nothing", "--out", "OUT"], r"there is no data set, file or folder 'nothing': a file ends in"),
+    "words in a table": (["fit", "WORDS", "--out", "OUT"], r"words\.csv, line 2: column 'a' has 'two', no number"),
+    "NaN in a table": (["fit", "GAPS", "--out", "OUT", "--valid", "0.2"], r"has NaN or infinite values"),
+    "hidden": (
+        ["fit", "digits", "--out", "OUT", "--hidden", "8,x"],
+        r"--hidden.*'8,x' must be whole numbers .* such as 200,200",
+    ),
+    "hidden 0": (["fit", "digits", "--out", "OUT", "--hidden", "0"], r"--hidden.*'0' must be whole numbers of at least 1"),
+    "latent 0": (["fit", "digits", "--out", "OUT", "--latent", "0"], r"latent=0 must be a whole number of at least 1"),
+    "latent": (["fit", "digits", "--out", "OUT", "--latent", "two"], r"--latent.*'two' is not a valid integer"),
+    "epochs": (["fit", "digits", "--out", "OUT", "--epochs", "-1"], r"epochs=-1 must be a whole number of at least 1"),
+    "batch size": (["fit", "digits", "--out", "OUT", "--batch-size", "0"], r"batch_size=0 must be"),
+    "lr": (["fit", "digits", "--out", "OUT", "--lr", "0"], r"lr=0.0 must be positive"),
+    "beta": (["fit", "digits", "--out", "OUT", "--beta", "-1"], r"beta=-1.0 must be"),
+    "clip": (["fit", "digits", "--out", "OUT", "--clip-norm", "-2"], r"clip_norm=-2.0 must be positive"),
+    "patience": (["fit", "digits", "--out", "OUT", "--patience", "0"], r"patience=0 must be"),
+    "scale": (["fit", "digits", "--out", "OUT", "--scale", "big"], r"--scale 'big' is none of learned, per-dimension"),
+    "likelihood": (
+        ["fit", "digits", "--out", "OUT", "--likelihood", "cauchy"],
+        r"'cauchy' is not one of 'normal', 'bernoulli'",
+    ),
+    "grey": (["fit", "digits", "--out", "OUT", "--likelihood", "bernoulli"], r"Bernoulli takes 0 and 1 alone: binarise it"),
+    "constant": (["fit", "digits", "--out", "OUT", "--scale", "per-dimension"], r"columns of x are constant .*dequantise"),
+    "valid": (["fit", "digits", "--out", "OUT", "--valid", "0"], r"valid=0.0, test=0.1 leave a part .* empty: choose"),
+    "device": (["fit", "digits", "--out", "OUT", "--device", "abacus"], r"device='abacus' cannot be used here"),
+    "unwritable": (["fit", "digits", "--out", "FILE/deeper"], r"a-file"),
+    "out is a file": (["fit", "digits", "--out", "FILE"], r"Directory '.*a-file' is a file"),
+    "no run": (["evaluate", "OUT"], r"holds no run: there is no run\.json in it\. Begin with `pyro-vae fit`"),
+    "method": (["evaluate", "RUN", "--method", "magic"], r"'magic' is not one of 'guide', 'prior', 'exact'"),
+    "particles 0": (["evaluate", "RUN", "--particles", "0"], r"num_particles=0 must be a whole number of at least 1"),
+    "particles": (["evaluate", "RUN", "--particles", "-5"], r"num_particles=-5 must be"),
+    "rows": (["evaluate", "RUN", "--rows", "0"], r"rows=0 must be"),
+    "not exact": (["evaluate", "RUN", "--method", "exact"], r"quadratic|linear"),
+    "no run to draw from": (["generate", "OUT", "--out", "a.png"], r"holds no run"),
+    "suffix": (["generate", "RUN", "--out", "a.gif"], r"--out a\.gif must end in \.png, \.npy or \.csv"),
+    "count": (["generate", "RUN", "-n", "0", "--out", "a.npy"], r"size=0 must be|n=0 must be"),
+    "nowhere to draw to": (["generate", "RUN", "--out", "FILE/a.npy"], r"a-file"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    what: str, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, told = MISTAKES[what]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").write_text("not a folder")
+    (tmp_path / "words.csv").write_text("a,b\ntwo,3\n")
+    (tmp_path / "gaps.csv").write_text("a,b\n" + "1,\n2,3\n5,8\n" * 10)
+    places = {"OUT": "out", "RUN": str(fitted), "FILE": "a-file", "WORDS": "words.csv", "GAPS": "gaps.csv"}
+    given = [re.sub(r"^(OUT|RUN|FILE|WORDS|GAPS)\b", lambda found: places[found[1]], word) for word in words]
+    assert run(*given) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"pyro-vae: .*\n", err), err
+    assert re.search(told, err), err
+    assert not (tmp_path / "out" / checkpoint_name()).exists()
+
+
+def checkpoint_name() -> str:
+    from pyro_vae.learning import checkpoint
+
+    return checkpoint.NAME
+
+
+def test_a_mistake_does_not_spoil_the_folder(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", table, *TINY, "--lr", "-1", "--out", tmp_path / "run") == 2
+    capsys.readouterr()
+    assert run("fit", table, *TINY, "--out", tmp_path / "run") == 0
+
+
+def test_pictures_of_plain_numbers_are_refused(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", table, *TINY, "--out", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run("generate", tmp_path / "run", "--out", tmp_path / "a.png") == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"pyro-vae: Rows of shape \(3,\) are no pictures: give --out a \.npy or \.csv file\.\n", err)
+    assert run("generate", tmp_path / "run", "-n", "5", "--out", tmp_path / "a.csv") == 0
+    assert np.loadtxt(tmp_path / "a.csv", delimiter=",").shape == (5, 3)
+
+
+def test_a_fit_that_fails_ends_with_1(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", table, *TINY, "--batch-size", "16", "--lr", "1e30", "--out", tmp_path / "run") == 1
+    assert re.fullmatch(r"pyro-vae: Epoch 1, batch \d: .* keeps the last good state\.\n", capsys.readouterr().err)
+
+
+def test_a_spoiled_vae_is_refused(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", table, *TINY, "--out", tmp_path / "run") == 0
+    (tmp_path / "run" / "vae.safetensors").write_bytes(b"spoiled")
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run") == 2
+    assert re.fullmatch(r"pyro-vae: .*vae\.safetensors is no pyro_vae file.*\n", capsys.readouterr().err)
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(FileNotFoundError, match="no data set, file or folder"):
+        cli.main(["--debug", "fit", "nothing", "--out", "a"])
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", [[], ["fit"], ["evaluate"], ["generate"], ["demo"]])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help(command: list[str], option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command, option) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(" ".join(["Usage: pyro-vae", *command]))
+    assert f"pyro-vae {command[0] if command else 'demo'}" in out.split("Examples:")[1]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert pv.__version__ in capsys.readouterr().out
+
+
+def test_help_comes_without_torch() -> None:
+    code = "import sys; from pyro_vae.cli import main; main(['--help']); print([m for m in ('torch', 'pyro') if m in sys.modules])"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    done = python("-m", "pyro_vae", "evaluate", str(tmp_path / "nothing"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"pyro-vae: .*nothing holds no run: .*\n", done.stderr)
+    assert python("-m", "pyro_vae", "--help").stdout.startswith("Usage: pyro-vae")

@@ -1,0 +1,145 @@
+"""Rows: what is accepted as x, and every refusal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_vae.rows import as_rows, finite_rows, position, positive, probe, require_finite, take
+
+X = torch.arange(6.0).reshape(3, 2)
+
+
+def test_one_tensor_is_a_tuple_of_one() -> None:
+    (rows,) = as_rows(X)
+    assert rows is X
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+def test_tuples_stay(container: type) -> None:
+    y = torch.tensor([1, 0, 2])
+    first, second = as_rows(container([X, y]))
+    assert first is X
+    assert second is y
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_numpy_is_not_copied(dtype: type) -> None:
+    array = np.arange(6, dtype=dtype).reshape(3, 2)
+    (rows,) = as_rows(array)
+    array[1, 1] = 50
+    assert rows[1, 1] == 50
+    assert rows.dtype == torch.as_tensor(array).dtype
+
+
+def test_a_read_only_memory_map_is_accepted_without_a_warning(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(6, dtype=np.float32).reshape(3, 2))
+    array = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert not array.flags.writeable
+    (rows,) = as_rows(array)
+    assert torch.equal(rows, X)
+    assert torch.equal(as_rows((X, array))[1], X)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (X.long(), ValueError, r"^x has dtype torch.int64: densities need floating point, give x.float\(\).$"),
+        (X.bool(), ValueError, r"^x has dtype torch.bool: .* give x.float\(\).$"),
+        (X.numpy().astype(np.uint8), ValueError, r"^x has dtype torch.uint8: .* give x.float\(\).$"),
+        (X.half(), ValueError, r"^x has dtype torch.float16, too coarse for log-densities: give x.float\(\).$"),
+        (X.bfloat16(), ValueError, r"^x has dtype torch.bfloat16, too coarse for log-densities: give x.float\(\).$"),
+        (X.to(torch.complex64), ValueError, r"^x has dtype torch.complex64: densities need floating point"),
+        (X[:0], ValueError, r"^x has shape \(0, 2\), that is no rows: give at least one.$"),
+        (X[0, 0], ValueError, r"^x is a single number, not rows: give a tensor of shape \(N, ...\).$"),
+        ((), ValueError, r"^x is an empty tuple: give at least one tensor of rows.$"),
+        ((X, X[:2]), ValueError, r"^x\[0\] has 3 rows and x\[1\] has 2: all must have the same number.$"),
+        ((X, torch.tensor(1)), ValueError, r"^x is a single number, not rows"),
+        ([[1.0, 2.0]], TypeError, r"^x is a list: give a tensor or a tuple of tensors, as torch.as_tensor\(x\).$"),
+        ([1.0, 2.0], TypeError, r"^x\[0\] is a float: give a tensor or a tuple of tensors, as torch.as_tensor\(x\).$"),
+        ("rows.npy", TypeError, r"^x is a str: give a tensor"),
+        ({"x": X}, TypeError, r"^x is a dict: give a tensor"),
+        (None, TypeError, r"^x is a NoneType: give a tensor"),
+        ((X, [1, 2, 3]), TypeError, r"^x\[1\] is a list: give a tensor"),
+    ],
+    ids=str,
+)
+def test_refusals(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        as_rows(x)
+
+
+def test_refusals_use_the_name_they_are_given() -> None:
+    with pytest.raises(ValueError, match=r"^valid has dtype torch.int64: .*give valid.float\(\)"):
+        as_rows(X.long(), "valid")
+    with pytest.raises(TypeError, match=r"^valid\[1\] is a int: .*torch.as_tensor\(valid\)"):
+        as_rows((X, 3), "valid")  # type: ignore[arg-type]
+
+
+def test_only_the_first_tensor_must_be_floating_point() -> None:
+    for second in (torch.tensor([1, 0, 2]), X.half(), X > 2):
+        assert as_rows((X, second))[1] is second
+    with pytest.raises(ValueError, match=r"^x has dtype torch\.int64"):
+        as_rows((torch.tensor([1, 0, 2]), X))
+
+
+def test_take_takes_from_every_tensor() -> None:
+    y = torch.tensor([5, 6, 7])
+    first, second = take((X, y), torch.tensor([2, 0]))
+    assert first.tolist() == [[4, 5], [0, 1]]
+    assert second.tolist() == [7, 5]
+    first, second = take((X, y), slice(1, None))
+    assert first.tolist() == [[2, 3], [4, 5]]
+    assert second.tolist() == [6, 7]
+
+
+def test_probe_repeats_rows_where_there_are_few() -> None:
+    assert probe((X,), 2)[0].tolist() == [[0, 1], [2, 3]]
+    assert probe((X[:2], torch.tensor([7, 8])), 3)[1].tolist() == [7, 8, 7]
+    assert probe((X[:1],), 3)[0].tolist() == [[0, 1]] * 3
+
+
+def test_position_prefers_the_object_to_its_equals() -> None:
+    copy, nan = X.clone(), torch.full((3, 2), math.nan)
+    assert position((X, copy), copy) == 1
+    assert position((X, copy), X) == 0
+    assert position((X, copy), X.clone()) == 0
+    assert position((X, nan), nan) == 1
+    assert position((X,), X[:, :1]) is None
+    assert position((X,), X + 1) is None
+
+
+def test_finite_rows_finds_each_bad_row_and_no_other() -> None:
+    x, y = torch.zeros(20000, 2, 3), torch.zeros(20000, dtype=torch.float64)
+    bad = {0: math.nan, 8191: math.inf, 8192: -math.inf, 19999: math.nan}
+    for row, value in bad.items():
+        x[row, row % 2, row % 3] = value
+    y[12000] = math.nan
+    good = finite_rows((x, torch.zeros(20000, dtype=torch.long), y))
+    assert (~good).nonzero().flatten().tolist() == [0, 8191, 8192, 12000, 19999]
+
+
+def test_require_finite_names_the_first_and_the_number() -> None:
+    require_finite((X,))
+    x = X.clone()
+    x[1, 0], x[2, 1] = math.nan, math.inf
+    message = r"^x has NaN or infinite values in 2 of 3 rows, first in row 1: remove these rows or fill the values in.$"
+    with pytest.raises(ValueError, match=message):
+        require_finite((x,))
+    with pytest.raises(ValueError, match=r"^valid has NaN or infinite values in 2 of 3 rows"):
+        require_finite((x,), "valid")
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, 2.0, "4", None, True, np.int64(0)])
+def test_positive_refuses(value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"epochs=.*{value}.* must be a whole number of at least 1"):
+        positive(batch_size=1, epochs=value)
+
+
+def test_positive_accepts() -> None:
+    positive(epochs=1, batch_size=10**12, num_particles=np.int64(3))  # type: ignore[arg-type]
