@@ -7,11 +7,14 @@ line; `--debug` before the command shows the traceback instead.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+
+from pyro_vae import __version__
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -36,7 +39,7 @@ class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 @click.group(context_settings=CONTEXT)
-@click.version_option(package_name="pyro-vae")
+@click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def app(*, debug: bool) -> None:
     r"""Variational auto-encoders as Pyro programs: fit them, and say how likely data are.
@@ -216,16 +219,31 @@ def generate(*, run: Path, count: int, out: Path, seed: int, mean: bool, as_json
 @click.option("--seed", default=0, help="Of everything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON as well.")
 def demo(*, out: Path, epochs: int, seed: int, as_json: bool) -> None:
-    """Fit a Gaussian VAE with learned s to scikit-learn's digits and say how likely held-out digits are."""
+    r"""Fit a Gaussian VAE with learned s to scikit-learn's digits and say how likely held-out digits are.
+
+    \b
+    Examples:
+      pyro-vae demo
+      pyro-vae demo --epochs 30 --out runs/short
+    """
     from pyro_vae.report.demo import run
 
     result = run(out, seed=seed, epochs=epochs)
     if as_json:
-        click.echo(json.dumps(result))
+        click.echo(json.dumps(_strict(result)))
 
 
 def _say(as_json: bool, about: dict[str, Any], text: str) -> None:  # noqa: FBT001 - the flag of every command
-    click.echo(json.dumps(about) if as_json else text)
+    click.echo(json.dumps(_strict(about)) if as_json else text)
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinities as null: strict JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests are small; more threads only wait for each other on a busy machine
 
 
 def _global_settings() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A linear-Gaussian program with everything known in closed form: the yardstick of many tests.
 
-z ~ N(0, I_D), x = W z + b + s * noise with a scale for each dimension, all of it asymmetric. Then x ~ N(b, W W' + diag s^2) and
-z | x ~ N(m(x), C) with C = (I + W' diag(s^-2) W)^-1 and m(x) = C W' diag(s^-2) (x - b).
+z ~ N(0, I_D), x = W z + b + s * noise with a scale for each dimension, all of it asymmetric. Then
+x ~ N(b, W W' + diag s^2) and z | x ~ N(m(x), C) with C = (I + W' diag(s^-2) W)^-1 and m(x) = C W' diag(s^-2) (x - b).
 """
 
 from __future__ import annotations

@@ -87,6 +87,18 @@ def test_no_chunk_takes_more_than_the_budget(make: Any, budget: int) -> None:
     assert len(chunks) > 1
 
 
+def test_what_all_particles_share_is_within_the_budget() -> None:
+    class WithTable(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return z @ torch.linspace(-1.0, 1.0, 20_000)[:6].reshape(2, 3)  # 80,000 bytes
+
+    networks = Networks(WithTable(), nn.Linear(3, 2), 2)
+    measured = Measured()
+    in_chunks(networks.program, (weights(17, 3),), {"z": weights(60, 17, 2)}, measured, 120_000)
+    assert 80_000 < max(measured.bytes[2:]) <= 120_000
+    assert len(measured.bytes[2:]) > 1
+
+
 def test_chunks_stay_near_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CACHE", 100_000)
     networks = Networks(nn.Linear(2, 3), nn.Linear(3, 2), 2)

@@ -217,19 +217,21 @@ def test_log_weights_keep_no_graph() -> None:
 
 
 def test_a_draw_outside_the_prior_costs_its_own_row() -> None:
+    """torch's Exponential goes on below zero where arguments are not validated: its support has the last word."""
+
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Uniform(-1.0, 1.0))
+            z = pyro.sample("z", dist.Exponential(2.0))
             pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x)
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Uniform(-1.0, 1.0).expand([len(x)]))
+            pyro.sample("z", dist.LogNormal(x[:, 0], 1.0))
 
     x = weights(4, 1)
-    z = torch.tensor([[0.5, 1.5, -0.3, 0.9], [2.0, 0.1, 0.2, -1.1]])
-    expected = log_normal(x[:, 0], z, 1.0) - math.log(2.0)
-    expected[z.abs() > 1] = -math.inf
+    z = torch.tensor([[0.5, 1.5, -0.3, 0.9], [-2.0, 0.1, 0.2, -1.1]])
+    expected = log_normal(x[:, 0], z, 1.0) + math.log(2.0) - 2.0 * z
+    expected[z < 0] = -math.inf
     torch.testing.assert_close(Program(model, guide).log_joint(x).of_sites({"z": z}), expected, **CLOSE)
 
 
@@ -562,7 +564,8 @@ def test_nothing_is_left_changed(use: str, validate: bool) -> None:
 def test_nothing_is_left_changed_by_a_failure(use: str) -> None:
     USES[use]((rehearsal := _known()).program)
     raised = 0
-    for trip_at in range(1, rehearsal.calls + 1):
+    calls = rehearsal.calls
+    for trip_at in sorted({1, 2, 3, calls // 2, calls - 1, calls} & set(range(1, calls + 1))):
         networks = _known()
         networks.trip_at = trip_at
         with unchanged(networks, with_randomness=use not in AMBIENT):

@@ -42,7 +42,7 @@ def exact(program: Program, x: Data, *, seed: Seed = 0) -> Estimate:
     rows = as_rows(x)
     log_joint = program.log_joint(rows)
     zero = rows[0].new_zeros(1, len(rows[0]), log_joint.dim)
-    start, gradient, hessian = (part[0] for part in derivatives(log_joint, zero))
+    _, gradient, hessian = (part[0] for part in derivatives(log_joint, zero))
     factor, failed = torch.linalg.cholesky_ex(-hessian)
     if bool(failed.any()):
         row = int(failed.nonzero()[0])

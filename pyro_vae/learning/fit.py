@@ -60,7 +60,8 @@ def fit(
             the same machine.
         device: "auto" is CUDA where there is one; parameters and batches are moved there.
         optimiser: makes a `torch.optim` optimiser from the parameters, instead of Adam.
-        schedule: makes a learning-rate schedule from the optimiser; stepped after each epoch.
+        schedule: makes a learning-rate schedule from the optimiser; stepped after each epoch (`ReduceLROnPlateau` by the
+            validation ELBO, so with mode="max").
         clip_norm: largest norm of the gradient of a mean row.
         transform: applied to each batch of x, e.g. `pv.data.binarise`; validation rows too.
         patience: stop after so many epochs without a better validation ELBO, and go back to the best parameters.

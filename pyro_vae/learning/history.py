@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,12 @@ class History:
         ax.plot(self.epoch, self.elbo, color="#0072B2", label="training, while it moves")
         if self.valid_elbo:
             ax.plot(self.epoch, self.valid_elbo, color="#D55E00", linestyle="--", label="validation")
-        curves = [self.elbo, self.valid_elbo or self.elbo]
         if len(self) >= 10:
-            top = max(map(max, curves))
-            bottom = min(min(curve[len(self) // 10 :]) for curve in curves)
+            # An epoch whose validation broke down must not cost the figure.
+            epochs = [
+                list(filter(math.isfinite, both)) for both in zip(self.elbo, self.valid_elbo or self.elbo, strict=True)
+            ]
+            top, bottom = max(map(max, epochs)), min(map(min, epochs[len(self) // 10 :]))
             room = 0.05 * (top - bottom) or 1.0
             ax.set_ylim(bottom - room, top + room)
         ax.set(xlabel="epoch", ylabel="ELBO (nats per row)", title="Learning curve")

@@ -155,6 +155,7 @@ class ELBO(Objective):
         losses, elbos = [], []
         for _ in range(self.num_particles):
             q, p = sites_of(model, guide, args, kwargs)
+            _require_reparametrised(q)
             terms = self._terms(q, p)
             losses.append(sum(-_scaled(site, value, beta).sum() for site, value in terms))
             elbos.append(sum(_masked(site, value).detach() for site, value in terms))
@@ -179,19 +180,19 @@ class ELBO(Objective):
 
 
 def sites_of(model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[dict[str, Site], dict[str, Site]]:
-    """One run of the guide, and of the model at the guide's draws: the sites of both.
-
-    Raises:
-        ValueError: a latent that cannot be reparametrised, whose gradient this estimator would miss.
-    """
+    """One run of the guide, and of the model at the guide's draws: the sites of both."""
     q = record(guide, args, kwargs=kwargs)
+    return q, record(model, args, {name: site.value for name, site in q.items()}, kwargs=kwargs)
+
+
+def _require_reparametrised(q: Mapping[str, Site]) -> None:
+    """Refuse a latent that cannot be reparametrised: the gradient of this estimator would miss it."""
     for site in q.values():
         if not getattr(site.distribution, "has_rsample", False):
             raise ValueError(
                 f"Latent {site.name!r} of the guide ({site.family}) cannot be reparametrised: "
                 "use pyro.infer.Trace_ELBO() as the objective."
             )
-    return q, record(model, args, {name: site.value for name, site in q.items()}, kwargs=kwargs)
 
 
 def _scaled(site: Site, value: Tensor, beta: float) -> Tensor:

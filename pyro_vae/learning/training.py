@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae import files
 from pyro_vae.learning import checkpoint as checkpoints
@@ -172,11 +172,13 @@ class Training:
         history.elbo.append(position.elbo / position.rows)
         history.learning_rate.append(float(self.optimiser.param_groups[0]["lr"]))
         position.batch, position.loss, position.elbo, position.rows = 0, 0.0, 0.0, 0
-        if self.schedule is not None:
-            self.schedule.step()
         if self.valid is not None:
             history.valid_elbo.append(self._validate(self.valid))
             self._judge(history.valid_elbo[-1])
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step((history.valid_elbo or history.elbo)[-1])
+        elif self.schedule is not None:
+            self.schedule.step()
 
     def _validate(self, valid: Batches) -> float:
         """The true ELBO of a mean validation row, with the same noise every epoch so that epochs compare."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +31,7 @@ from pyro_vae.seeds import derive, seeded
 
 LATENT_DIM = 8
 METHODS: dict[str, tuple[Callable[..., Any], int]] = {
-    "prior": (posterior.from_prior, 20_000),
+    "prior": (posterior.from_prior, 10_000),
     "guide": (posterior.from_guide, 5_000),
 }
 
@@ -55,7 +56,9 @@ def run(out: Path, *, seed: int = 0, epochs: int = 100, progress: bool | None = 
     with seeded(seed, torch.device("cpu"), 2):
         vae = VAE(
             prior=priors.StandardNormal(LATENT_DIM),
-            likelihood=likelihoods.Normal(nets.MLP(LATENT_DIM, 64, hidden=(128, 128)), scale=likelihoods.Learned(initial=0.3)),
+            likelihood=likelihoods.Normal(
+                nets.MLP(LATENT_DIM, 64, hidden=(128, 128)), scale=likelihoods.Learned(initial=0.3)
+            ),
             guide=guides.DiagonalNormal(nets.MLP(64, hidden=(128, 128)), latent_dim=LATENT_DIM),
         )
     console.print(f"{data}; {len(train)} to fit, {len(valid)} to validate, {len(test)} held out", soft_wrap=True)
@@ -65,8 +68,8 @@ def run(out: Path, *, seed: int = 0, epochs: int = 100, progress: bool | None = 
     rows = _evaluate(vae, test, seed, out)
     console.print(_table(rows, len(test)))
     console.print(
-        "All of these are lower bounds in expectation. MC error: of the draws; data error: of the choice of rows;\n"
-        "ESS: median effective particles; reliable: rows whose weights pass the Pareto k-hat test."
+        "Lower bounds in expectation, all three. K: particles a row. MC error: of the draws; data error: of the choice "
+        "of rows. ESS: median effective particles. reliable: rows whose weights pass the k-hat test."
     )
     _draw(vae, history, splits, test, seed, out)
     console.print(f"model, history, evidence and figures are in {out}", soft_wrap=True)
@@ -102,8 +105,8 @@ def _entry(name: str, estimate: Estimate, count: int, seconds: float) -> dict[st
 
 
 def _table(rows: list[dict[str, Any]], count: int) -> Table:
-    table = Table(title=f"log p(x) of {count} held-out rows, nats a row")
-    for head in ("method", "particles", "log p(x)", "MC error", "bias", "data error", "ESS", "reliable", "s"):
+    table = Table(title=f"log p(x) of {count} held-out rows, nats a row", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for head in ("method", "K", "log p(x)", "MC error", "bias", "data error", "ESS", "reliable", "s"):
         table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
     for row in rows:
         if row["method"] == "ELBO":

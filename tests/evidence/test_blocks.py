@@ -110,7 +110,7 @@ def test_data_on_another_device_are_refused() -> None:
         likelihood=pv.likelihoods.Normal(pv.nets.MLP(1, 3), scale=1.0),
         guide=pv.guides.DiagonalNormal(pv.nets.MLP(3, hidden=(4,)), latent_dim=1),
     )
-    with pytest.raises(ValueError, match="x is on meta, the parameters on cpu: give x.to"):
+    with pytest.raises(ValueError, match=r"x is on meta, the parameters on cpu: give x.to"):
         pv.log_evidence(vae, torch.zeros(2, 3, device="meta"))
-    with pytest.raises(ValueError, match="dtype torch.float64, the parameters torch.float32"):
+    with pytest.raises(ValueError, match=r"dtype torch.float64, the parameters torch.float32"):
         pv.log_evidence(vae, torch.zeros(2, 3, dtype=torch.float64))

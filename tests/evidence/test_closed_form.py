@@ -39,7 +39,9 @@ def test_two_latents_that_depend_on_each_other() -> None:
 
     x = torch.tensor([-4.0, 0.3, 7.5], dtype=torch.float64)
     estimate = pv.log_evidence(pv.Program(model, guide), x, method=pv.evidence.exact)
-    torch.testing.assert_close(estimate.log_p, -0.5 * (x - 1.5).square() / 18.25 - 0.5 * math.log(2.0 * math.pi * 18.25), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        estimate.log_p, -0.5 * (x - 1.5).square() / 18.25 - 0.5 * math.log(2.0 * math.pi * 18.25), rtol=1e-9, atol=0
+    )
 
 
 def one_latent(log_density: object) -> pv.Program:
@@ -74,5 +76,5 @@ def test_a_log_joint_without_a_maximum_is_refused() -> None:
 
 def test_particles_for_exact_are_refused() -> None:
     known = LinearGaussian()
-    with pytest.raises(ValueError, match="num_particles=10.*exact draws no particles"):
+    with pytest.raises(ValueError, match=r"num_particles=10.*exact draws no particles"):
         pv.log_evidence(known.program(), known.draw(3), method=pv.evidence.exact, num_particles=10)

@@ -71,7 +71,7 @@ def test_cat_and_rows_keep_the_order() -> None:
 
 
 def test_interval_refuses_a_level_that_is_none() -> None:
-    with pytest.raises(ValueError, match="level=1.5"):
+    with pytest.raises(ValueError, match=r"level=1.5"):
         estimate_of(torch.zeros(50, 1, dtype=torch.float64)).interval(1.5)
 
 

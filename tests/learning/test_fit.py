@@ -217,6 +217,14 @@ def test_an_epoch_is_the_mean_over_rows_not_over_batches(objective: Any) -> None
     assert abs(wrong - expected) > 0.1
 
 
+@pytest.mark.parametrize(("objective", "runs"), [(None, 1), (Trace_ELBO(), 1), (RenyiELBO(num_particles=2), 2)])
+def test_only_the_steps_move_the_statistics_of_batch_norm(objective: Any, runs: int) -> None:
+    vae = make_vae(norm=True)
+    pv.fit(vae, rows(), rows(20, 2), objective=objective, epochs=2, batch_size=32)
+    counts = [int(value) for name, value in values(vae).items() if name.endswith("num_batches_tracked")]
+    assert counts == [2 * 3 * runs]
+
+
 def scaled(function: Callable[[Tensor], None], factor: float) -> Callable[[Tensor], None]:
     def inner(x: Tensor) -> None:
         with pyro.poutine.scale(scale=factor):
@@ -761,3 +769,22 @@ def test_a_checkpoint_that_cannot_be_written(where: str, tmp_path: Path, monkeyp
     with pytest.raises(OSError, match=r"run|denied"):
         pv.fit(vae, rows(), epochs=1, checkpoint=folder)
     assert equal(values(vae), before)  # told before the first step
+
+
+def test_a_plateau_schedule_goes_by_the_validation_elbo() -> None:
+    """With a threshold that no epoch can reach, the rate falls after each epoch without patience."""
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(1),
+        likelihood=pv.likelihoods.Normal(pv.nets.MLP(1, 3), scale=1.0),
+        guide=pv.guides.DiagonalNormal(pv.nets.MLP(3, hidden=(4,)), latent_dim=1),
+    )
+
+    def plateau(optimiser: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimiser, mode="max", factor=0.5, patience=0, threshold=1e9, threshold_mode="abs"
+        )
+
+    x = torch.randn(20, 3)
+    history = pv.fit(vae, x, x, epochs=4, lr=0.1, schedule=plateau, progress=False)
+    assert history.learning_rate == pytest.approx([0.1, 0.1, 0.05, 0.025])

@@ -195,13 +195,13 @@ def test_pairs_without_a_closed_form_fall_back_and_say_so() -> None:
 
 
 def test_bad_settings_are_named() -> None:
-    with pytest.raises(ValueError, match="beta=-1.0"):
+    with pytest.raises(ValueError, match=r"beta=-1.0"):
         pv.objectives.ELBO(beta=-1.0)
     with pytest.raises(ValueError, match="num_particles=0"):
         pv.objectives.ELBO(num_particles=0)
     with pytest.raises(ValueError, match="steps=0"):
         pv.objectives.warm_up(0)
-    with pytest.raises(ValueError, match="rise=2.0"):
+    with pytest.raises(ValueError, match=r"rise=2.0"):
         pv.objectives.cyclic(5, rise=2.0)
 
     def guide(x: Tensor) -> None:

@@ -68,9 +68,7 @@ def test_a_guide_is_a_reparametrised_distribution_of_latents(name: str, dim: int
 
 @pytest.mark.parametrize("name", [*PRIORS, *LIKELIHOODS, *GUIDES])
 def test_a_component_is_rebuilt_from_its_description(name: str) -> None:
-    made = (
-        PRIORS[name](3) if name in PRIORS else LIKELIHOODS[name](3, (4,)) if name in LIKELIHOODS else GUIDES[name](4, 3)
-    )
+    made = PRIORS[name](3) if name in PRIORS else LIKELIHOODS[name](3, (4,)) if name in LIKELIHOODS else GUIDES[name](4, 3)
     again = rebuild(describe(made))
     assert repr(again) == repr(made)
     again.load_state_dict(made.state_dict())

@@ -141,14 +141,18 @@ def test_a_module_of_ones_own_needs_into(tmp_path: object) -> None:
     other = build()
     assert pv.load(f"{tmp_path}/mine", into=other) is other
     assert torch.equal(other.log_weights(x, 3)[0], vae.log_weights(x, 3)[0])
-    with pytest.raises(ValueError, match="does not fit: 'encoder.encoder.bias' is only in the file"):
+    with pytest.raises(ValueError, match=r"does not fit: 'encoder.encoder.bias' is only in the file"):
         pv.load(f"{tmp_path}/mine", into=make())
 
 
 def test_parts_that_disagree_are_both_named() -> None:
     with pytest.raises(ValueError, match=r"StandardNormal\(latent_dim=3\) has 3.*MLP.*has 2"):
-        pv.VAE(prior=pv.priors.StandardNormal(3), likelihood=LIKELIHOODS["Bernoulli"](2, (6,)), guide=GUIDES["FullNormal"](6, 3))
-    with pytest.raises(TypeError, match="prior is a MLP: give a pyro_vae.model.priors.Prior"):
+        pv.VAE(
+            prior=pv.priors.StandardNormal(3),
+            likelihood=LIKELIHOODS["Bernoulli"](2, (6,)),
+            guide=GUIDES["FullNormal"](6, 3),
+        )
+    with pytest.raises(TypeError, match=r"prior is a MLP: give a pyro_vae.model.priors.Prior"):
         pv.VAE(prior=pv.nets.MLP(2, 2), likelihood=LIKELIHOODS["Bernoulli"](2, (6,)), guide=GUIDES["FullNormal"](6, 2))  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +15,24 @@ from matplotlib import image
 import pyro_vae as pv
 from pyro_vae.report import demo
 
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only get into each other's way in networks this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 FIGURES = ["learning_curve.png", "reconstructions.png", "samples.png", "latent_space.png"]
 
 
-def test_demo_writes_model_history_evidence_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_writes_model_history_evidence_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {name: (method, 50) for name, (method, _) in demo.METHODS.items()}
+    monkeypatch.setattr(demo, "METHODS", few)
     out = tmp_path / "new" / "demo"
     rng = torch.get_rng_state()
     result = demo.run(out, seed=1, epochs=3, progress=False)
@@ -25,7 +40,7 @@ def test_demo_writes_model_history_evidence_and_figures(tmp_path: Path, capsys: 
     told = " ".join(capsys.readouterr().out.split())
     assert "1797 rows of 8 x 8" in told
     assert "log p(x) of" in told
-    assert "ELBO (lower" in told
+    assert "ELBO" in told
 
     assert json.loads(json.dumps(result)) == result
     methods = {entry["method"]: entry for entry in result["methods"]}
