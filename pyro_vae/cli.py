@@ -42,7 +42,7 @@ class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def app(*, debug: bool) -> None:
-    r"""Variational auto-encoders as Pyro programs: fit them, and say how likely data are.
+    """Variational auto-encoders as Pyro programs: fit them, and say how likely data are.
 
     \b
     Examples:
@@ -50,7 +50,7 @@ def app(*, debug: bool) -> None:
       pyro-vae fit digits --latent 8 --transform dequantise --out runs/a
       pyro-vae evaluate runs/a --method guide --particles 5000
       pyro-vae generate runs/a -n 64 --out samples.png
-    """
+    """  # noqa: D301 - click reads the \b
 
 
 @app.command()
@@ -80,14 +80,14 @@ def app(*, debug: bool) -> None:
 @click.option("--log-dir", type=FOLDER, help="Write TensorBoard scalars here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **options: Any) -> None:
-    r"""Fit a VAE to DATA: digits, mnist, fashion-mnist, a folder of IDX files, or a .npy, .npz, .csv or .parquet file.
+    """Fit a VAE to DATA: digits, mnist, fashion-mnist, a folder of IDX files, or a .npy, .npz, .csv or .parquet file.
 
     \b
     Examples:
       pyro-vae fit digits --latent 8 --transform dequantise --epochs 100 --out runs/digits
       pyro-vae fit mnist --likelihood bernoulli --transform binarise --hidden 200,200 --out runs/binary
       pyro-vae fit table.csv --latent 3 --scale per-dimension --guide full --out runs/table
-    """
+    """  # noqa: D301 - click reads the \b
     from pyro_vae.learning.fit import fit as run_fit
     from pyro_vae.learning.objectives import ELBO
     from pyro_vae.report import plots
@@ -127,13 +127,13 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
 @click.option("--rows", type=int, help="Only the first so many held-out rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(*, run: Path, method: str, particles: int | None, seed: int, rows: int | None, as_json: bool) -> None:
-    r"""Estimate log p(x) of the held-out rows of RUN; writes RUN/evidence.csv.
+    """Estimate log p(x) of the held-out rows of RUN; writes RUN/evidence.csv.
 
     \b
     Examples:
       pyro-vae evaluate runs/a
       pyro-vae evaluate runs/a --method guide --particles 5000 --json
-    """
+    """  # noqa: D301 - click reads the \b
     from rich.progress import Progress
 
     from pyro_vae import evidence, posterior
@@ -179,13 +179,13 @@ def evaluate(*, run: Path, method: str, particles: int | None, seed: int, rows: 
 @click.option("--mean", is_flag=True, help="Draw E[x | z] instead of x ~ p(x | z).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def generate(*, run: Path, count: int, out: Path, seed: int, mean: bool, as_json: bool) -> None:
-    r"""Draw rows from the VAE of RUN.
+    """Draw rows from the VAE of RUN.
 
     \b
     Examples:
       pyro-vae generate runs/a -n 64 --out samples.png
       pyro-vae generate runs/a -n 1000 --out samples.npy
-    """
+    """  # noqa: D301 - click reads the \b
     import io
 
     import numpy as np
@@ -219,13 +219,13 @@ def generate(*, run: Path, count: int, out: Path, seed: int, mean: bool, as_json
 @click.option("--seed", default=0, help="Of everything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON as well.")
 def demo(*, out: Path, epochs: int, seed: int, as_json: bool) -> None:
-    r"""Fit a Gaussian VAE with learned s to scikit-learn's digits and say how likely held-out digits are.
+    """Fit a Gaussian VAE with learned s to scikit-learn's digits and say how likely held-out digits are.
 
     \b
     Examples:
       pyro-vae demo
       pyro-vae demo --epochs 30 --out runs/short
-    """
+    """  # noqa: D301 - click reads the \b
     from pyro_vae.report.demo import run
 
     result = run(out, seed=seed, epochs=epochs)

@@ -24,7 +24,7 @@ class Guide(Component):
 
     To add one: subclass, set `latent_dim`, keep the encoder in `self.encoder`, return from `forward` a reparametrised
     distribution of batch shape (N,) and event shape (D,), and list the constructor's arguments in `settings`. Then add a
-    line to the table in tests/model/test_guides.py.
+    line to the table in tests/model/components.py.
     """
 
     latent_dim: int

@@ -23,7 +23,7 @@ class Likelihood(Component):
 
     To add one: subclass, keep the decoder in `self.decoder`, return from `forward` a distribution whose event covers the
     whole row (`to_event`), say in `check` which data it refuses and how to mend them, and list the constructor's arguments
-    in `settings`. Then add a line to the table in tests/model/test_likelihoods.py.
+    in `settings`. Then add a line to the table in tests/model/components.py.
     """
 
     decoder: nn.Module

@@ -18,7 +18,7 @@ class Prior(Component):
 
     To add one: subclass, set `latent_dim`, return from `forward` a distribution of batch shape () and event shape (D,)
     made of the module's own parameters and buffers, and list the constructor's arguments in `settings`. Then add a line to
-    the table in tests/model/test_priors.py.
+    the table in tests/model/components.py.
     """
 
     latent_dim: int

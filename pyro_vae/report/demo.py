@@ -68,8 +68,8 @@ def run(out: Path, *, seed: int = 0, epochs: int = 100, progress: bool | None = 
     rows = _evaluate(vae, test, seed, out)
     console.print(_table(rows, len(test)))
     console.print(
-        "Lower bounds in expectation, all three. K: particles a row. MC error: of the draws; data error: of the choice "
-        "of rows. ESS: median effective particles. reliable: rows whose weights pass the k-hat test."
+        "Lower bounds in expectation, all three. K: particles a row. ± MC: standard error of the draws; ± data: of the "
+        "choice of rows. ESS: median effective particles. reliable: rows whose weights pass the k-hat test."
     )
     _draw(vae, history, splits, test, seed, out)
     console.print(f"model, history, evidence and figures are in {out}", soft_wrap=True)
@@ -106,7 +106,7 @@ def _entry(name: str, estimate: Estimate, count: int, seconds: float) -> dict[st
 
 def _table(rows: list[dict[str, Any]], count: int) -> Table:
     table = Table(title=f"log p(x) of {count} held-out rows, nats a row", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for head in ("method", "K", "log p(x)", "MC error", "bias", "data error", "ESS", "reliable", "s"):
+    for head in ("method", "K", "log p(x)", "± MC", "bias", "± data", "ESS", "reliable", "s"):
         table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
     for row in rows:
         if row["method"] == "ELBO":
