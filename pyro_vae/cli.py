@@ -18,6 +18,12 @@ from pyro_vae import __version__
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 FOLDER = click.Path(path_type=Path, file_okay=False)
+COUNT = click.IntRange(min=1)
+HINTS = {
+    "pv.data.binarise": "--transform binarise or --transform threshold",
+    "pv.data.dequantise": "--transform dequantise or --scale learned",
+}
+"""What the library calls something in its messages -> the options for it."""
 
 
 class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -38,6 +44,20 @@ class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return sizes
 
 
+class Finite(click.FloatRange):
+    """Numbers in a range, NaN and infinity not among them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """'0.5' -> 0.5."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not finite.", param, ctx)
+        return number
+
+
+POSITIVE = Finite(min=0, min_open=True)
+
+
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -56,9 +76,9 @@ def app(*, debug: bool) -> None:
 @app.command()
 @click.argument("data")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run. The same command again resumes it.")
-@click.option("--latent", default=20, help="Latent dimensions.")
+@click.option("--latent", type=COUNT, default=20, help="Latent dimensions.")
 @click.option("--likelihood", type=click.Choice(["normal", "bernoulli"]), default="normal", help="p(x | z).")
-@click.option("--scale", default="learned", help="Of the normal: learned, per-dimension, network, or a number.")
+@click.option("--scale", help="Of the normal alone: learned (unless told), per-dimension, network, or a number.")
 @click.option("--guide", type=click.Choice(["diagonal", "full"]), default="diagonal", help="Covariance of q(z | x).")
 @click.option("--hidden", type=Sizes(), default="400", help="Hidden layers of the encoder; the decoder mirrors them.")
 @click.option(
@@ -67,12 +87,12 @@ def app(*, debug: bool) -> None:
     default="none",
     help="Of each batch: draw or cut to 0 and 1, or spread grey levels uniformly.",
 )
-@click.option("--beta", default=1.0, help="Weight of the KL in the objective.")
-@click.option("--epochs", default=40, help="Passes over the training rows.")
-@click.option("--batch-size", default=128, help="Rows a step.")
-@click.option("--lr", default=1e-3, help="Learning rate of Adam.")
-@click.option("--clip-norm", type=float, help="Largest norm of the gradient.")
-@click.option("--patience", type=int, help="Stop after so many epochs without a better validation ELBO.")
+@click.option("--beta", type=Finite(min=0), default=1.0, help="Weight of the KL in the objective.")
+@click.option("--epochs", type=COUNT, default=40, help="Passes over the training rows.")
+@click.option("--batch-size", type=COUNT, default=128, help="Rows a step.")
+@click.option("--lr", type=POSITIVE, default=1e-3, help="Learning rate of Adam.")
+@click.option("--clip-norm", type=POSITIVE, help="Largest norm of the gradient.")
+@click.option("--patience", type=COUNT, help="Stop after so many epochs without a better validation ELBO.")
 @click.option("--valid", default=0.1, help="Fraction of the rows for validation.")
 @click.option("--test", default=0.1, help="Fraction held out; data with a test set of their own use that.")
 @click.option("--seed", default=0, help="Of the split, the weights, the order and the noise.")
@@ -94,22 +114,22 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
     from pyro_vae.runs import Arguments, Run
 
     arguments = Arguments(**options)
-    # Data and model first: a mistake in either leaves no folder behind.
-    data, splits = Run(out, arguments).data()
-    vae = Run(out, arguments).build(data)
-    run = Run.begin(out, arguments)
+    # Data, model and objective first: a mistake in them leaves no folder behind.
+    data, splits = arguments.read()
+    vae, objective = arguments.build(data), ELBO(beta=arguments.beta)
+    run = Run.begin(out, arguments, data)
     history = run_fit(
         vae,
         splits.train.x,
         splits.valid.x,
-        objective=ELBO(beta=arguments.beta),
+        objective=objective,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         lr=arguments.lr,
         seed=arguments.seed,
         device=device,
         clip_norm=arguments.clip_norm,
-        transform=run.transform(data),
+        transform=run.transform(),
         patience=arguments.patience,
         checkpoint=out,
         log_dir=log_dir,
@@ -121,10 +141,10 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
 
 @app.command()
 @click.argument("run", type=FOLDER)
-@click.option("--method", type=click.Choice(["guide", "prior", "exact"]), default="guide", help="How.")
-@click.option("--particles", type=int, help="Particles a row; by default the method's own number.")
+@click.option("--method", type=click.Choice(["guide", "laplace", "prior", "exact"]), default="guide", help="How.")
+@click.option("--particles", type=COUNT, help="Particles a row; by default the method's own number.")
 @click.option("--seed", default=0, help="Of the draws.")
-@click.option("--rows", type=int, help="Only the first so many held-out rows.")
+@click.option("--rows", type=COUNT, help="Only the first so many held-out rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(*, run: Path, method: str, particles: int | None, seed: int, rows: int | None, as_json: bool) -> None:
     """Estimate log p(x) of the held-out rows of RUN; writes RUN/evidence.csv.
@@ -138,15 +158,16 @@ def evaluate(*, run: Path, method: str, particles: int | None, seed: int, rows: 
 
     from pyro_vae import evidence, posterior
     from pyro_vae.files import write_bytes
-    from pyro_vae.rows import positive
     from pyro_vae.runs import Run
 
     folder, opened = run, Run.open(run)
-    if rows is not None:
-        positive(rows=rows)
-    methods: dict[str, Any] = {"guide": posterior.from_guide, "prior": posterior.from_prior, "exact": evidence.exact}
-    vae = opened.fitted()
-    x = opened.view(opened.data()[1].test.x)[:rows]
+    methods: dict[str, Any] = {
+        "guide": posterior.from_guide,
+        "laplace": posterior.laplace,
+        "prior": posterior.from_prior,
+        "exact": evidence.exact,
+    }
+    vae, x = opened.fitted(), opened.view(opened.data()[1].test.x)[:rows]
     with Progress(disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("log p(x), rows", total=len(x))
         estimate = evidence.log_evidence(
@@ -173,7 +194,7 @@ def evaluate(*, run: Path, method: str, particles: int | None, seed: int, rows: 
 
 @app.command()
 @click.argument("run", type=FOLDER)
-@click.option("-n", "count", default=64, help="Number of rows.")
+@click.option("-n", "count", type=COUNT, default=64, help="Number of rows.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A .png, .npy or .csv file.")
 @click.option("--seed", default=0, help="Of the draws.")
 @click.option("--mean", is_flag=True, help="Draw E[x | z] instead of x ~ p(x | z).")
@@ -197,11 +218,11 @@ def generate(*, run: Path, count: int, out: Path, seed: int, mean: bool, as_json
     if out.suffix not in (".png", ".npy", ".csv"):
         raise ValueError(f"--out {out} must end in .png, .npy or .csv.")
     opened = Run.open(run)
+    shape = opened.about.shape
+    if out.suffix == ".png" and len(shape) < 2:
+        raise ValueError(f"Rows of shape {shape} are no pictures: give --out a .npy or .csv file.")
     rows = opened.fitted().generate(count, seed=seed, noise=not mean)
     if out.suffix == ".png":
-        shape = opened.data()[0].shape
-        if len(shape) < 2:
-            raise ValueError(f"Rows of shape {shape} are no pictures: give --out a .npy or .csv file.")
         plots.save(plots.images(rows, shape, title="Samples"), out)
     else:
         buffer = io.BytesIO()
@@ -215,7 +236,7 @@ def generate(*, run: Path, count: int, out: Path, seed: int, mean: bool, as_json
 
 @app.command()
 @click.option("--out", type=FOLDER, default=Path("runs/demo"), help="Folder for the model, the history and the figures.")
-@click.option("--epochs", default=100, help="Passes over the training rows.")
+@click.option("--epochs", type=COUNT, default=100, help="Passes over the training rows.")
 @click.option("--seed", default=0, help="Of everything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON as well.")
 def demo(*, out: Path, epochs: int, seed: int, as_json: bool) -> None:
@@ -260,7 +281,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if "--debug" in words:
             raise
-        _fail(1 if isinstance(error, FloatingPointError) else 2, str(error))
+        _fail(1 if isinstance(error, FloatingPointError) else 2, _hinted(str(error)))
+
+
+def _hinted(message: str) -> str:
+    """A message of the library, with the options for what it names."""
+    options = next((options for name, options in HINTS.items() if name in message), None)
+    return message if options is None else f"{message} On the command line: {options}."
 
 
 def _fail(code: int, message: str) -> None:

@@ -40,6 +40,7 @@ from torch import Tensor
 
 MAP_BYTES = 2**28  # an .npy file of this size or more is mapped into memory, not read
 _OPENML = {"mnist": "mnist_784", "fashion-mnist": "Fashion-MNIST"}
+NAMES = ("digits", *_OPENML)  # what `load` takes for a name, whatever files there are
 _LABELS = ("label", "labels", "class", "target")
 _Array: TypeAlias = NDArray[Any]
 _Raw: TypeAlias = tuple[_Array, _Array | None, int]  # rows, labels, number of trailing test rows
@@ -77,9 +78,18 @@ class Data:
 
     def __repr__(self) -> str:
         """Return one line: name, rows, grey levels, declared test rows."""
+        return f"{self.name}: {self._sizes()}"
+
+    def _sizes(self) -> str:
         grey = f", {self.levels} grey levels" if self.levels else ""
         test = f", the last {self.num_test} are its test set" if self.num_test else ""
-        return f"{self.name}: {len(self)} rows of {' x '.join(map(str, self.shape))}{grey}{test}"
+        return f"{len(self)} rows of {' x '.join(map(str, self.shape))}{grey}{test}"
+
+    def fingerprint(self) -> str:
+        """Return a short text that differs for other data: the sizes and a checksum over up to 256 rows, evenly spaced."""
+        some = torch.linspace(0, len(self) - 1, min(len(self), 256), dtype=torch.float64, device="cpu").long()
+        checksum = zlib.crc32(self.x[some].cpu().numpy().tobytes())
+        return f"{self._sizes()}, checksum {checksum:08x}"
 
     def rows(self, index: Tensor | slice | Sequence[int] | _Array) -> Data:
         """Return the rows at `index`, integers `(M,)`, booleans `(N,)` or a slice (a view); `num_test` is then 0."""
@@ -89,10 +99,13 @@ class Data:
     def split(self, valid: float = 0.1, test: float = 0.1, seed: int = 0) -> Splits:
         """Part the rows at random into train, valid and test: disjoint, and together all rows.
 
-        `valid` and `test` are fractions of the rows, rounded to whole rows; an empty part raises ValueError.
+        `valid` and `test` are fractions of the rows, rounded to whole rows; NaN, infinity, an empty part raise ValueError.
         Declared test rows (`num_test > 0`) are the test part, in order; `test` is then ignored, `valid` a fraction of
         the others. The test part does not depend on `valid`. Parts are copies: slice what is larger than memory.
         """
+        for name, fraction in (("valid", valid), ("test", test)):
+            if not math.isfinite(fraction):
+                raise ValueError(f"{name}={fraction} is no fraction of the rows: choose one between 0 and 1")
         free = len(self) - self.num_test
         num_valid, drawn = round(valid * free), 0 if self.num_test else round(test * free)
         if min(num_valid, self.num_test + drawn, free - num_valid - drawn) < 1:
@@ -132,7 +145,7 @@ def load(source: str | Path, *, root: Path | None = None) -> Data:
     if path.is_dir():
         return _data(path.resolve(), *_idx(path))
     readers = {".npy": _numpy, ".npz": _numpy, ".csv": _csv, ".parquet": _parquet}
-    known = f"a file ends in {', '.join(readers)}, a folder holds IDX files, the names are digits, {', '.join(_OPENML)}"
+    known = f"a file ends in {', '.join(readers)}, a folder holds IDX files, the names are {', '.join(NAMES)}"
     if not path.exists():
         raise FileNotFoundError(f"there is no data set, file or folder {str(source)!r}: {known}")
     if path.suffix.lower() not in readers:

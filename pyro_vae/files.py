@@ -7,6 +7,7 @@ is read here can run code: there is no pickle.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -48,6 +49,15 @@ def write(path: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one atomic step (see `write`)."""
+    try:
+        _replace(path, content)
+    except OSError as error:
+        # What the system says names a temporary file; the user asked for `path`.
+        mend = "free some space" if error.errno == errno.ENOSPC else "choose a folder that you may write to"
+        raise type(error)(error.errno, f"cannot write {path} ({error.strerror}): {mend}") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

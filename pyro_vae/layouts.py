@@ -11,13 +11,22 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.rows import Rows
+from pyro_vae.rows import Rows, positive
+
+if TYPE_CHECKING:
+    from pyro_vae.log_joint import Slots
+
+COPIED = 2**24
+"""Draws that need copies of the rows are made in pieces of at most this many copied numbers, or of one particle."""
+
+KEPT = 4
+"""A program remembers its layouts for so many shapes of rows and states of the parameters."""
 
 Values = dict[str, Tensor]
 PyroCallable = Callable[..., Any]
@@ -29,6 +38,15 @@ class Layout(enum.Enum):
     BATCHED = "a left-most batch dimension"
     TILED = "K copies of the rows"
     LOOPED = "one run a particle"
+
+
+class Layouts(NamedTuple):
+    """How particles go through a program's model, guide and prior (the model up to its latents); where latents lie in u."""
+
+    model: Layout
+    guide: Layout
+    prior: Layout
+    slots: Slots
 
 
 class Densities(Protocol):
@@ -99,6 +117,23 @@ def run(
     )
 
 
+def draw(function: PyroCallable, rows: Rows, num_particles: int, layout: Layout, handler: Callable[[], Densities]) -> Run:
+    """`num_particles` draws by torch's ambient generator: `run` with nothing placed, in pieces where it copies the rows.
+
+    The pieces follow from shapes alone and not from any byte budget, which must not change what is drawn.
+    """
+    positive(num_particles=num_particles)
+    copied = max(1, sum(part.numel() for part in rows))
+    step = max(1, COPIED // copied) if layout is Layout.TILED else num_particles
+    sizes = [min(step, num_particles - first) for first in range(0, num_particles, step)]
+    runs = [run(function, rows, size, layout, lambda _: handler()) for size in sizes]
+    return Run(
+        torch.cat([part.latent for part in runs]),
+        torch.cat([part.observed for part in runs]),
+        {name: torch.cat([part.values[name] for part in runs]) for name in runs[0].values},
+    )
+
+
 def find_layout(
     function: PyroCallable, probes: Sequence[tuple[Rows, Values]], handler: Callable[[Values], Densities]
 ) -> Layout:
@@ -117,8 +152,8 @@ def find_layout(
         return done.latent + done.observed
 
     expected = [densities(probe, Layout.LOOPED) for probe in probes]
-    # A wrong network is off by far more than rounding.
-    tolerance = 1e3 * torch.finfo(probes[0][0][0].dtype).eps
+    # A wrong network is off by far more than rounding, unless it is hardly trained yet.
+    tolerance = 1e2 * torch.finfo(probes[0][0][0].dtype).eps
     for layout in (Layout.BATCHED, Layout.TILED):
         try:
             tried = [densities(probe, layout) for probe in probes]

@@ -7,7 +7,7 @@ over z. This is what modes, Hamiltonian Monte Carlo and quadrature work on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class LogJoint:
 
     def __init__(
         self,
-        densities: Callable[[Mapping[str, Tensor], Callable[[Values], Place]], Run],
+        densities: Callable[..., Run],
         slots: Slots,
         num_rows: int,
     ) -> None:
@@ -83,11 +83,11 @@ class LogJoint:
         return self._densities(z, place_values).observed
 
     def unflatten(self, u: Tensor) -> Values:
-        """The named latents z(u), each (K, N, *event_shape), from u (K, N, D)."""
-        return self._densities({"u": self._checked(u)}, self._place_unconstrained).values
+        """The named latents z(u), each (K, N, *event_shape), from u (K, N, D); the decoder is not run."""
+        return self._densities({"u": self._checked(u)}, self._place_unconstrained, frozenset(self._slots)).values
 
     def flatten(self, z: Values) -> Tensor:
-        """The vector u (K, N, D) of named latents z, each (K, N, *event_shape)."""
+        """The vector u (K, N, D) of named latents z, each (K, N, *event_shape); the decoder is not run."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self._slots}  # one part a run of the model
 
         def recorder(values: Values) -> Place:
@@ -97,7 +97,7 @@ class LogJoint:
 
             return place
 
-        self._densities(z, recorder)
+        self._densities(z, recorder, frozenset(self._slots))
         shape = next(iter(z.values())).shape[:2]
         return torch.cat([torch.cat(part).reshape(*shape, -1) for part in parts.values()], dim=-1)
 

@@ -67,7 +67,7 @@ def in_chunks(
     """
     num_particles, num_rows = next(iter(z.values())).shape[:2]
     with torch.no_grad():
-        each, shared = _bytes_needed(program, rows, z, density)
+        each, shared = bytes_needed(program, rows, z, density)
         if each > budget:
             raise ValueError(f"memory={budget} bytes is less than one particle of one row takes ({each}): give more.")
         chunk = max(each, min(budget - shared, CACHE))
@@ -83,9 +83,7 @@ def in_chunks(
     return out
 
 
-def _bytes_needed(
-    program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]
-) -> tuple[int, int]:
+def bytes_needed(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]) -> tuple[int, int]:
     """Bytes of one particle of one row, and those that any number of them share, from small runs of 4 and of 2 rows."""
 
     def run(count: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,16 @@ def name_leaves(modules: Mapping[str, nn.Module], store: Mapping[str, Tensor], t
     leaves.update({f"leaf{i}": leaf for i, leaf in enumerate(used_leaves(total))})
     first_name = {id(leaf): name for name, leaf in reversed(leaves.items())}
     return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and first_name[id(leaf)] == name}
+
+
+def versions(modules: Mapping[str, nn.Module]) -> tuple[Hashable, ...]:
+    """Changes whenever a module, a parameter or a buffer is replaced or trained, the param store's among them."""
+    each = [m for outer in modules.values() for m in outer.modules()]
+    leaves = [leaf for outer in modules.values() for leaf in (*outer.parameters(), *outer.buffers())]
+    leaves += [leaf for _, leaf in pyro.get_param_store().named_parameters()]
+    # Tensors made in inference mode do not count their versions.
+    counted = ((id(leaf), 0 if leaf.is_inference() else leaf._version) for leaf in leaves)
+    return (*map(id, each), *counted)
 
 
 @contextmanager

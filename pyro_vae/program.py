@@ -15,7 +15,9 @@ dimension; whether the networks take one is found out by comparison with single 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,12 +25,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae.layouts import Layout, PyroCallable, Run, Values, find_layout, run
-from pyro_vae.log_joint import LogJoint, Place, Slots, make_slots, place_values
-from pyro_vae.parameters import evaluating, find_modules, judging, name_leaves, require_place
-from pyro_vae.rows import Data, Rows, as_rows, finite_rows, position, probe, take
+from pyro_vae.layouts import KEPT, Layout, Layouts, PyroCallable, Run, Values, draw, find_layout, run
+from pyro_vae.log_joint import LogJoint, Place, make_slots, place_values
+from pyro_vae.parameters import evaluating, find_modules, judging, name_leaves, require_place, versions
+from pyro_vae.rows import Data, Rows, as_rows, finite_rows, probe, replace, take
 from pyro_vae.seeds import Seed, seeded
-from pyro_vae.sites import Plate, Site, SiteTable, cannot_run, require_call, require_fit
+from pyro_vae.sites import CannotRun, Site, SiteTable, cannot_run, require_call, require_fit, score
 
 PROBES = (3, 2)
 """Checks run on this many rows: few, so that they are cheap; twice, so that no other dimension has the same size."""
@@ -72,19 +74,12 @@ class _Densities(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not _is_row_site(msg):
             return
-        value, distribution = msg["value"], msg["fn"]
-        log_prob = distribution.log_prob(value).double()
-        inside = distribution.support.check(value)
-        if inside.dim() > log_prob.dim():  # pyro.factor, and supports declared without event dimensions
-            inside = inside.flatten(log_prob.dim()).all(-1)
-        if msg["mask"] is not None:
-            mask = torch.as_tensor(msg["mask"], device=value.device)
-            log_prob, inside = torch.where(mask, log_prob, 0.0), inside | ~mask
+        log_prob, inside = score(msg["fn"], msg["value"], msg["mask"])
         if msg["is_observed"]:
             self.observed = self.observed + log_prob
             self.unsupported = ~inside if self.unsupported is None else self.unsupported | ~inside
         else:
-            self.values[msg["name"]] = value
+            self.values[msg["name"]] = msg["value"]
             # Validation is off in here (see `judging`), so a draw outside the prior's support must be caught by hand.
             self.latent = self.latent + torch.where(inside, log_prob, -torch.inf)
             if self.latents and self.latents == self.values.keys():
@@ -117,19 +112,8 @@ class _Recorder(Messenger):
             msg["value"] = value
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not _is_row_site(msg):
-            return
-        plates = tuple(Plate(f.name, f.dim, f.size, f.full_size or f.size) for f in msg["cond_indep_stack"])
-        self.sites[msg["name"]] = Site(
-            name=msg["name"],
-            distribution=msg["fn"],
-            value=msg["value"],
-            observed=msg["is_observed"],
-            auxiliary=bool((msg["infer"] or {}).get("is_auxiliary")),
-            scale=msg["scale"],
-            mask=msg["mask"],
-            plates=plates,
-        )
+        if _is_row_site(msg):
+            self.sites[msg["name"]] = Site.of(msg)
 
     def _pyro_post_param(self, msg: Any) -> None:
         value = msg["value"]
@@ -217,14 +201,33 @@ class Program:
         """Which rows can be judged, boolean (N,), and one text a row: why not, empty where it can.
 
         A bare program answers; a `VAE` raises instead, because it knows what its likelihood accepts.
+
+        Raises:
+            ValueError: as `check`, which no row that cannot be judged makes fail.
         """
         good = finite_rows(rows)
         reasons = ["" if ok else "NaN or infinite values" for ok in good.tolist()]
-        for part in good.nonzero().flatten().split(1024) if bool(good.any()) else ():
+        parts = good.nonzero().flatten().split(1024) if bool(good.any()) else ()
+        for part in parts[:1]:
+            self._check_inside(take(rows, part))
+        for part in parts:
             for row in part[self._unsupported(take(rows, part))].tolist():
                 reasons[row] = "outside the support of the likelihood"
                 good[row] = False
         return good, reasons
+
+    def _check_inside(self, rows: Rows) -> None:
+        """`check`, but on rows inside the support where there are others: these may be why it cannot be run."""
+        try:
+            self.check(rows)
+        except CannotRun:
+            inside = torch.ones(len(rows[0]), dtype=torch.bool)
+            with suppress(Exception):
+                inside = ~self._unsupported(rows)
+            if bool(inside.all()):
+                raise
+            if bool(inside.any()):
+                self.check(take(rows, inside))
 
     def _unsupported(self, rows: Rows) -> Tensor:
         with torch.no_grad(), seeded(0, rows[0].device), judging(self.modules_found()):
@@ -232,16 +235,16 @@ class Program:
         return torch.as_tensor(unsupported).expand(len(rows[0]))
 
     def sample(self, x: Data, num_particles: int) -> tuple[Values, Tensor]:
-        """Draws from the guide, by torch's ambient generator; the guide runs once however large K is.
+        """Draws from the guide, by torch's ambient generator; it runs once, or once a piece where it needs copies of x.
 
         Returns:
             z: latents by name, each (K, N, *event_shape), in their own support.
             log_q: log q(z | x), (K, N), float64.
         """
         rows = as_rows(x)
-        layout = self.layout(rows)[1]
+        layout = self.layout(rows).guide
         with torch.no_grad(), judging(self.modules_found()):
-            drawn = run(self.guide, rows, num_particles, layout, lambda _: _Densities())
+            drawn = draw(self.guide, rows, num_particles, layout, _Densities)
         return drawn.values, drawn.latent
 
     def sample_prior(self, x: Data, num_particles: int) -> tuple[Values, Tensor]:
@@ -252,23 +255,29 @@ class Program:
             log_p: log p(z), (K, N), float64.
         """
         rows = as_rows(x)
-        layout, _, slots = self.layout(rows)
+        layouts = self.layout(rows)
         with torch.no_grad(), judging(self.modules_found()):
-            drawn = run(self.model, rows, num_particles, layout, lambda _: _Densities(latents=frozenset(slots)))
+            prior = functools.partial(_Densities, latents=frozenset(layouts.slots))
+            drawn = draw(self.model, rows, num_particles, layouts.prior, prior)
         return drawn.values, drawn.latent
 
     def log_joint(self, x: Data) -> LogJoint:
         """log p(x, z) per row as a function of one unconstrained vector, (K, N, D) -> (K, N)."""
         rows = as_rows(x)
-        (layout, _, slots), modules = self.layout(rows), self.modules_found()
+        layouts, modules = self.layout(rows), self.modules_found()
 
-        def densities(particles: Mapping[str, Tensor], place_from: Callable[[Values], Place]) -> Run:
-            num_particles = len(next(iter(particles.values())))
+        def densities(
+            particles: Mapping[str, Tensor], place_from: Callable[[Values], Place], until: frozenset[str] = frozenset()
+        ) -> Run:
+            def handler(part: Values) -> _Densities:
+                return _Densities(place_from(part), latents=until)
+
+            num_particles, layout = len(next(iter(particles.values()))), layouts.prior if until else layouts.model
             # Nothing is drawn but indices of a plate and what the store lacks: the same each time, by seed.
             with seeded(0, rows[0].device), judging(modules):
-                return run(self.model, rows, num_particles, layout, lambda part: _Densities(place_from(part)), particles)
+                return run(self.model, rows, num_particles, layout, handler, particles)
 
-        return LogJoint(densities, slots, len(rows[0]))
+        return LogJoint(densities, layouts.slots, len(rows[0]))
 
     def log_weights(self, x: Data, num_particles: int, seed: Seed = 0) -> tuple[Tensor, Values]:
         """log p(x, z) - log q(z | x) for K draws of the guide, (K, N) float64, and the draws."""
@@ -291,37 +300,32 @@ class Program:
         simulation = _Densities(simulate=True)
         with torch.no_grad(), seeded(seed, rows[0].device), judging(self.modules_found()), simulation:
             self.model(*rows)
-        fresh = list(rows)
-        for name, data in simulation.data.items():
-            match = position(tuple(fresh), data)
-            if match is None:
-                raise ValueError(
-                    f"Cannot simulate rows: the model observes {name!r} with shape {tuple(data.shape)}, which is not x "
-                    f"of shape {tuple(rows[0].shape)} as the guide reads it: observe x itself, unchanged."
-                )
-            fresh[match] = simulation.values.pop(name)
-        return tuple(fresh), simulation.values
+        drawn = {name: (data, simulation.values.pop(name)) for name, data in simulation.data.items()}
+        return replace(rows, drawn), simulation.values
 
-    def layout(self, rows: Rows) -> tuple[Layout, Layout, Slots]:
-        """How particles go through the model and the guide, and where each latent lies in the unconstrained vector.
+    def layout(self, rows: Rows) -> Layouts:
+        """How particles go through this program: found out once for each shape of row and state of the parameters.
 
-        Found out once for each shape of row and set of networks.
+        A network that is hardly trained may look right in a layout that it is wrong in later.
         """
-        modules = self.modules_found()
-        cache: dict[Any, tuple[Layout, Layout, Slots]] = self.__dict__.setdefault("_layouts", {})
-        networks = tuple(id(m) for outer in modules.values() for m in outer.modules())
-        key = (*((part.shape[1:], part.dtype) for part in rows), networks)
+        cache: dict[Any, Layouts] = self.__dict__.setdefault("_layouts", {})
+        key = (*((part.shape[1:], part.dtype) for part in rows), *versions(self.modules_found()))
         if key not in cache:
-            latents = {name: site for name, site in self.check(rows).model.items() if not site.observed}
-            with torch.no_grad(), seeded(0, rows[0].device), judging(modules):
-                few = [probe(rows, count) for count in PROBES]
-                probes = [(part, run(self.guide, part, 2, Layout.LOOPED, lambda _: _Densities()).values) for part in few]
-                model, guide = (
-                    find_layout(function, probes, lambda values: _Densities(place_values(values)))
-                    for function in (self.model, self.guide)
-                )
-            cache[key] = (model, guide, make_slots(latents))
+            cache[key] = self._find_layouts(rows)
+            for old in list(cache)[:-KEPT]:
+                del cache[old]
         return cache[key]
+
+    def _find_layouts(self, rows: Rows) -> Layouts:
+        slots = make_slots({name: site for name, site in self.check(rows).model.items() if not site.observed})
+        with torch.no_grad(), seeded(0, rows[0].device), judging(self.modules_found()):
+            few = [probe(rows, count) for count in PROBES]
+            probes = [(part, run(self.guide, part, 2, Layout.LOOPED, lambda _: _Densities()).values) for part in few]
+
+            def find(function: PyroCallable, until: frozenset[str] = frozenset()) -> Layout:
+                return find_layout(function, probes, lambda values: _Densities(place_values(values), latents=until))
+
+            return Layouts(find(self.model), find(self.guide), find(self.model, frozenset(slots)), slots)
 
 
 def check(program: Program, x: Data) -> SiteTable:

@@ -9,7 +9,7 @@ follows it (labels, library sizes) may be anything.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -35,7 +35,8 @@ def as_rows(x: Data, name: str = "x") -> Rows:
 
     Raises:
         TypeError: `x` holds something else than tensors or arrays.
-        ValueError: no rows, no row dimension, numbers of rows that differ, an integer or half-precision first tensor.
+        ValueError: no rows, no row dimension, numbers of rows that differ, an integer or half-precision first tensor, an
+            array that torch cannot take.
     """
     given = x if isinstance(x, (tuple, list)) else (x,)
     if not given:
@@ -65,7 +66,15 @@ def _as_tensor(part: object, name: str) -> Tensor:
         with warnings.catch_warnings():
             # torch warns that it could write to a read-only memory map; the package only reads.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(part)
+            try:
+                return torch.from_numpy(part)
+            except (TypeError, ValueError) as error:  # objects, texts, foreign byte order, negative or odd strides
+                raise ValueError(
+                    f"{name} is an array of dtype {part.dtype.str!r} ({part.dtype.name}) and strides {part.strides}, which "
+                    f"torch cannot take: give np.ascontiguousarray({name}, dtype=np.float32)."
+                ) from error
+    if hasattr(part, "to_numpy"):
+        raise TypeError(f"{name} is a {type(part).__name__}: give {name}.to_numpy().")
     whole = name.split("[")[0]
     raise TypeError(f"{name} is a {type(part).__name__}: give a tensor or a tuple of tensors, as torch.as_tensor({whole}).")
 
@@ -87,15 +96,37 @@ def position(rows: Rows, part: Tensor) -> int | None:
     return next(iter(same + equal), None)
 
 
+def replace(rows: Rows, drawn: Mapping[str, tuple[Tensor, Tensor]]) -> Rows:
+    """The rows with what a model observes replaced by draws: {site: (observed, draw)}.
+
+    Raises:
+        ValueError: a site observes what is not among the rows.
+    """
+    fresh = list(rows)
+    for name, (data, draw) in drawn.items():
+        match = position(tuple(fresh), data)
+        if match is None:
+            raise ValueError(
+                f"Cannot simulate rows: the model observes {name!r} with shape {tuple(data.shape)}, which is not x "
+                f"of shape {tuple(rows[0].shape)} as the guide reads it: observe x itself, unchanged."
+            )
+        fresh[match] = draw
+    return tuple(fresh)
+
+
+def row_blocks(count: int, size: int = 8192) -> Iterator[slice]:
+    """Slices of at most `size` rows that cover `count` rows in order, so that a memory map is never read whole."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
 def finite_rows(rows: Rows) -> Tensor:
-    """Which rows hold no NaN and no infinity, boolean (N,), in blocks so that a memory map is never read whole."""
+    """Which rows hold no NaN and no infinity, boolean (N,)."""
     good = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)
     for part in rows:
         if not part.dtype.is_floating_point:
             continue
-        for start in range(0, len(part), 8192):
-            block = part[start : start + 8192]
-            good[start : start + 8192] &= torch.isfinite(block).reshape(len(block), -1).all(-1)
+        for at in row_blocks(len(part)):
+            good[at] &= torch.isfinite(part[at]).flatten(1).all(-1) if part.dim() > 1 else torch.isfinite(part[at])
     return good
 
 

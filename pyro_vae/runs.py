@@ -1,6 +1,6 @@
 """A run on the disk: a folder with its arguments, its model, its history and its figures.
 
-    run.json                 what was asked for
+    run.json                 what was asked for, and of which data
     checkpoint.safetensors   where the fit is
     vae.safetensors          the fitted VAE, for pv.load
     history.json             the learning curve in numbers
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyro_vae.data import Data, Splits, binarise, dequantise, load, threshold
+from pyro_vae.data import NAMES, Data, Splits, binarise, dequantise, load, threshold
 from pyro_vae.files import write_bytes
 from pyro_vae.learning import checkpoint
 from pyro_vae.learning.history import History
@@ -35,12 +35,19 @@ DATA, VIEW, WEIGHTS = 0, 1, 2
 
 @dataclass(frozen=True)
 class Arguments:
-    """What `pyro-vae fit` was asked for."""
+    """What `pyro-vae fit` was asked for.
+
+    A path in `data` is made absolute, so that it means the same file from everywhere; `scale` None is "learned" where the
+    likelihood is normal.
+
+    Raises:
+        ValueError: a scale for a likelihood that has none.
+    """
 
     data: str
     latent: int = 20
     likelihood: str = "normal"
-    scale: str = "learned"
+    scale: str | None = None
     guide: str = "diagonal"
     hidden: tuple[int, ...] = (400,)
     transform: str = "none"
@@ -54,36 +61,91 @@ class Arguments:
     test: float = 0.1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Make what has several spellings one."""
+        object.__setattr__(self, "data", _located(self.data))
+        if self.likelihood == "normal":
+            object.__setattr__(self, "scale", "learned" if self.scale is None else self.scale)
+        elif self.scale is not None:
+            raise ValueError(
+                f"--scale {self.scale} is for --likelihood normal alone: leave it out with --likelihood {self.likelihood}."
+            )
+
+    def read(self) -> tuple[Data, Splits]:
+        """The data as loaded, and its split."""
+        data = load(self.data)
+        return data, data.split(valid=self.valid, test=self.test, seed=derive(self.seed, DATA))
+
+    def build(self, data: Data) -> VAE:
+        """A new VAE for the rows of `data`, its weights drawn from the seed."""
+        positive(latent=self.latent)
+        size = data.x.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.seed, WEIGHTS))
+            decoder = nets.MLP(self.latent, size, hidden=self.hidden[::-1])
+            encoder = nets.MLP(size, hidden=self.hidden)
+            kinds = {"diagonal": guides.DiagonalNormal, "full": guides.FullNormal}
+            likelihood: likelihoods.Likelihood
+            if self.likelihood == "bernoulli":
+                likelihood = likelihoods.Bernoulli(decoder)
+            else:
+                likelihood = likelihoods.Normal(decoder, scale=_scale(self, size))
+            return VAE(
+                prior=priors.StandardNormal(self.latent),
+                likelihood=likelihood,
+                guide=kinds[self.guide](encoder, latent_dim=self.latent),
+            )
+
+    def differences(self, then: Arguments) -> list[str]:
+        """What is other than it was `then`, each as the command line calls it."""
+        return [
+            f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} was {old!r} and is {getattr(self, name)!r}"
+            for name, old in vars(then).items()
+            if old != getattr(self, name)
+        ]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run keeps of its data: the shape of a row, the number of grey levels, the fingerprint."""
+
+    shape: tuple[int, ...]
+    levels: int | None
+    fingerprint: str
+
+    @classmethod
+    def of(cls, data: Data) -> About:
+        """About `data`."""
+        return cls(tuple(data.shape), data.levels, data.fingerprint())
+
 
 @dataclass(frozen=True)
 class Run:
-    """A folder and its arguments."""
+    """A folder, its arguments, and what is known about its data."""
 
     folder: Path
     arguments: Arguments
+    about: About
 
     @classmethod
-    def begin(cls, folder: Path, arguments: Arguments) -> Run:
-        """A new run in `folder`, or the same one again.
+    def begin(cls, folder: Path, arguments: Arguments, data: Data) -> Run:
+        """A new run on `data` in `folder`, or the same one again.
 
         Raises:
-            ValueError: the folder holds a run with other arguments; says which.
+            ValueError: the folder holds a run with other arguments or of other data; says which.
             OSError: it cannot be written.
         """
-        record = folder / "run.json"
+        run, record = cls(folder, arguments, About.of(data)), folder / "run.json"
         # Without a checkpoint the run never began: its fit refused the arguments, or was killed before the first step.
         if record.exists() and (folder / checkpoint.NAME).exists():
-            then = cls.open(folder).arguments
-            differ = [
-                f"--{name.replace('_', '-')} was {old!r} and is {getattr(arguments, name)!r}"
-                for name, old in vars(then).items()
-                if old != getattr(arguments, name)
-            ]
-            if differ:
+            then = cls.open(folder)
+            if differ := arguments.differences(then.arguments):
                 raise ValueError(f"{folder} holds another run: {'; '.join(differ)}. Give another --out.")
+            then._require_same(run.about)
         else:
-            write_bytes(record, json.dumps(asdict(arguments), indent=2).encode())
-        return cls(folder, arguments)
+            kept = {"arguments": asdict(arguments), "data": asdict(run.about)}
+            write_bytes(record, json.dumps(kept, indent=2).encode())
+        return run
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -98,15 +160,28 @@ class Run:
             raise FileNotFoundError(f"{folder} holds no run: there is no {record.name} in it. Begin with `pyro-vae fit`.")
         try:
             kept = json.loads(record.read_text())
-            return cls(folder, Arguments(**{**kept, "hidden": tuple(kept["hidden"])}))
+            asked, about = kept["arguments"], kept["data"]
+            arguments = Arguments(**{**asked, "hidden": tuple(asked["hidden"])})
+            return cls(folder, arguments, About(**{**about, "shape": tuple(about["shape"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{record} is no record of a run ({error}).") from error
 
     def data(self) -> tuple[Data, Splits]:
-        """The data as loaded, and its split."""
-        data = load(self.arguments.data)
-        a = self.arguments
-        return data, data.split(valid=a.valid, test=a.test, seed=derive(a.seed, DATA))
+        """The data as loaded, and its split.
+
+        Raises:
+            ValueError: they are not what they were when the run began.
+        """
+        data, splits = self.arguments.read()
+        self._require_same(About.of(data))
+        return data, splits
+
+    def _require_same(self, now: About) -> None:
+        if now != self.about:
+            raise ValueError(
+                f"{self.arguments.data} has changed since the fit in {self.folder}: it was {self.about.fingerprint}, "
+                f"and is {now.fingerprint}. Restore it, or fit again to another --out."
+            )
 
     def view(self, x: Tensor) -> Tensor:
         """Held-out rows as the likelihood sees them: the run's transform, drawn once from the run's seed."""
@@ -114,44 +189,18 @@ class Run:
         if self.arguments.transform == "binarise":
             return binarise(x, seed=with_seed)
         if self.arguments.transform == "dequantise":
-            return dequantise(x, self._levels(), seed=with_seed)
+            return dequantise(x, self.about.levels or 256, seed=with_seed)
         return threshold(x) if self.arguments.transform == "threshold" else x
 
-    def transform(self, data: Data) -> Callable[[Tensor], Tensor] | None:
+    def transform(self) -> Callable[[Tensor], Tensor] | None:
         """What `fit` does to each batch, or None."""
-        chosen = self.arguments.transform
-        if chosen == "none":
-            return None
-        known: dict[str, Callable[[Tensor], Tensor]] = {
+        known: dict[str, Callable[[Tensor], Tensor] | None] = {
+            "none": None,
             "binarise": binarise,
             "threshold": threshold,
-            "dequantise": Dequantise(data.levels or 256),
+            "dequantise": Dequantise(self.about.levels or 256),
         }
-        return known[chosen]
-
-    def _levels(self) -> int:
-        return load(self.arguments.data).levels or 256
-
-    def build(self, data: Data) -> VAE:
-        """A new VAE for the rows of `data`, its weights drawn from the run's seed."""
-        a = self.arguments
-        positive(latent=a.latent)
-        size = data.x.shape[1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(a.seed, WEIGHTS))
-            decoder = nets.MLP(a.latent, size, hidden=a.hidden[::-1])
-            encoder = nets.MLP(size, hidden=a.hidden)
-            kinds = {"diagonal": guides.DiagonalNormal, "full": guides.FullNormal}
-            likelihood: likelihoods.Likelihood
-            if a.likelihood == "bernoulli":
-                likelihood = likelihoods.Bernoulli(decoder)
-            else:
-                likelihood = likelihoods.Normal(decoder, scale=_scale(a.scale, a, size))
-            return VAE(
-                prior=priors.StandardNormal(a.latent),
-                likelihood=likelihood,
-                guide=kinds[a.guide](encoder, latent_dim=a.latent),
-            )
+        return known[self.arguments.transform]
 
     def finish(self, vae: VAE, history: History) -> None:
         """Write the fitted VAE and the history."""
@@ -183,8 +232,18 @@ class Dequantise:
         return dequantise(x, self.levels)
 
 
-def _scale(name: str, a: Arguments, size: int) -> likelihoods.Scale:
+def _located(data: str) -> str:
+    """The absolute path of a file or folder; a name, or what is not there, as it is."""
+    path = Path(data).expanduser()
+    if data in NAMES or not path.exists():
+        return data
+    # A link to a file keeps its own name: the suffix says how to read it.
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
+
+
+def _scale(a: Arguments, size: int) -> likelihoods.Scale:
     """A scale by its name on the command line, or a number."""
+    name = str(a.scale)
     if name == "learned":
         return likelihoods.Learned()
     if name == "per-dimension":

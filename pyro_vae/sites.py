@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import constraints
@@ -21,6 +22,8 @@ from torch.distributions import constraints
 from pyro_vae.rows import Rows
 
 Shape = tuple[int, ...]
+
+_WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,20 @@ class Site:
     mask: bool | Tensor | None
     plates: tuple[Plate, ...]
 
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Site:
+        """The site of one of Pyro's messages."""
+        return cls(
+            name=message["name"],
+            distribution=message["fn"],
+            value=message["value"],
+            observed=message["is_observed"],
+            auxiliary=bool((message["infer"] or {}).get("is_auxiliary")),
+            scale=message["scale"],
+            mask=message["mask"],
+            plates=tuple(Plate(f.name, f.dim, f.size, f.full_size or f.size) for f in message["cond_indep_stack"]),
+        )
+
     @property
     def batch_shape(self) -> Shape:
         """The distribution's batch shape; (N,) inside one plate."""
@@ -60,7 +77,7 @@ class Site:
     def family(self) -> str:
         """Name of the distribution, without the wrappers that `to_event`, `expand` and `mask` put around it."""
         inner = self.distribution
-        while hasattr(inner, "base_dist") and type(inner).__name__ in ("Independent", "MaskedDistribution", "Expanded"):
+        while type(inner).__name__ in _WRAPPERS:
             inner = inner.base_dist
         return type(inner).__name__
 
@@ -71,6 +88,22 @@ class Site:
 
 
 Sites = Mapping[str, Site]
+
+
+def score(distribution: Any, value: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    """The log-density of each row's value, float64, and whether it lies in the support; masked rows have 0 and do."""
+    log_prob = distribution.log_prob(value).double()
+    inside = distribution.support.check(value)
+    if inside.dim() > log_prob.dim():  # pyro.factor, and supports declared without event dimensions
+        inside = inside.flatten(log_prob.dim()).all(-1)
+    if mask is not None:
+        mask = torch.as_tensor(mask, device=value.device)
+        log_prob, inside = torch.where(mask, log_prob, 0.0), inside | ~mask
+    return log_prob, inside
+
+
+class CannotRun(ValueError):
+    """A program fails on the rows it was given, perhaps by their values alone."""
 
 
 class SiteTable:
@@ -162,6 +195,11 @@ def _require_row_site(site: Site, where: str, num_rows: int) -> None:
         raise ValueError(
             f"{here} is discrete ({site.family}): sum it out in the model, or replace it by a continuous relaxation."
         )
+    if not site.observed and _is_point(site):
+        raise ValueError(
+            f"{here} is a Delta, which has no density: give it a scale, as dist.Normal(value, scale) has one, "
+            "or make it no latent and compute it in the model."
+        )
     if not site.plates:
         role = "would be shared by all rows (a global latent)" if not site.batch_shape else "lies outside every plate"
         raise ValueError(
@@ -219,7 +257,7 @@ def cannot_run(error: Exception, where: str, rows: Rows) -> ValueError:
         return _plate_of_other_size(None, int(subsample[1]), len(rows[0]), where)
     mismatch = re.search(r"plate\('(.*)'\) at site (.*) dim -?\d+, (\d+) vs (\d+)", str(error))
     if mismatch is None:
-        return ValueError(
+        return CannotRun(
             f"The {where} cannot be run on {len(rows[0])} rows of x, shape {shapes} ({error}): "
             "give x the shape and the values that it was written for."
         )
@@ -251,6 +289,14 @@ def _is_discrete(site: Site) -> bool:
     return bool(getattr(site.distribution, "has_enumerate_support", False)) or bool(
         getattr(site.distribution.support, "is_discrete", False)
     )
+
+
+def _is_point(site: Site) -> bool:
+    """Whether all mass is in one point, however it is wrapped or transformed."""
+    inner = site.distribution
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    return isinstance(inner, Delta)
 
 
 def _require_inside(site: Site, guide: Site) -> None:

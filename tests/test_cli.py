@@ -187,36 +187,52 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         r"--hidden.*'8,x' must be whole numbers .* such as 200,200",
     ),
     "hidden 0": (["fit", "digits", "--out", "OUT", "--hidden", "0"], r"--hidden.*'0' must be whole numbers of at least 1"),
-    "latent 0": (["fit", "digits", "--out", "OUT", "--latent", "0"], r"latent=0 must be a whole number of at least 1"),
+    "latent 0": (["fit", "digits", "--out", "OUT", "--latent", "0"], r"'--latent': 0 is not in the range x>=1"),
     "latent": (["fit", "digits", "--out", "OUT", "--latent", "two"], r"--latent.*'two' is not a valid integer"),
-    "epochs": (["fit", "digits", "--out", "OUT", "--epochs", "-1"], r"epochs=-1 must be a whole number of at least 1"),
-    "batch size": (["fit", "digits", "--out", "OUT", "--batch-size", "0"], r"batch_size=0 must be"),
-    "lr": (["fit", "digits", "--out", "OUT", "--lr", "0"], r"lr=0.0 must be positive"),
-    "beta": (["fit", "digits", "--out", "OUT", "--beta", "-1"], r"beta=-1.0 must be"),
-    "clip": (["fit", "digits", "--out", "OUT", "--clip-norm", "-2"], r"clip_norm=-2.0 must be positive"),
-    "patience": (["fit", "digits", "--out", "OUT", "--patience", "0"], r"patience=0 must be"),
+    "epochs": (["fit", "digits", "--out", "OUT", "--epochs", "-1"], r"'--epochs': -1 is not in the range x>=1"),
+    "batch size": (["fit", "digits", "--out", "OUT", "--batch-size", "0"], r"'--batch-size': 0 is not in the range"),
+    "lr": (["fit", "digits", "--out", "OUT", "--lr", "0"], r"'--lr': 0.0 is not in the range x>0"),
+    "lr inf": (["fit", "digits", "--out", "OUT", "--lr", "inf"], r"'--lr': inf is not finite"),
+    "lr nan": (["fit", "digits", "--out", "OUT", "--lr", "nan"], r"'--lr': nan is not finite"),
+    "beta": (["fit", "digits", "--out", "OUT", "--beta", "-1"], r"'--beta': -1.0 is not in the range x>=0"),
+    "clip": (["fit", "digits", "--out", "OUT", "--clip-norm", "-2"], r"'--clip-norm': -2.0 is not in the range x>0"),
+    "patience": (["fit", "digits", "--out", "OUT", "--patience", "0"], r"'--patience': 0 is not in the range"),
+    "scale of bits": (
+        ["fit", "digits", "--out", "OUT", "--likelihood", "bernoulli", "--scale", "learned"],
+        r": --scale learned is for --likelihood normal alone: leave it out with --likelihood bernoulli\.$",
+    ),
     "scale": (["fit", "digits", "--out", "OUT", "--scale", "big"], r"--scale 'big' is none of learned, per-dimension"),
     "likelihood": (
         ["fit", "digits", "--out", "OUT", "--likelihood", "cauchy"],
         r"'cauchy' is not one of 'normal', 'bernoulli'",
     ),
-    "grey": (["fit", "digits", "--out", "OUT", "--likelihood", "bernoulli"], r"Bernoulli takes 0 and 1 alone: binarise it"),
-    "constant": (["fit", "digits", "--out", "OUT", "--scale", "per-dimension"], r"columns of x are constant .*dequantise"),
+    "grey": (
+        ["fit", "digits", "--out", "OUT", "--likelihood", "bernoulli"],
+        r"Bernoulli takes 0 and 1 alone.* On the command line: --transform binarise or --transform threshold\.$",
+    ),
+    "constant": (
+        ["fit", "digits", "--out", "OUT", "--scale", "per-dimension"],
+        r"columns of x are constant .*dequantise.* On the command line: --transform dequantise or --scale learned\.$",
+    ),
+    "valid nan": (["fit", "digits", "--out", "OUT", "--valid", "nan"], r"valid=nan is no fraction of the rows"),
+    "test inf": (["fit", "digits", "--out", "OUT", "--test", "inf"], r"test=inf is no fraction of the rows"),
     "valid": (["fit", "digits", "--out", "OUT", "--valid", "0"], r"valid=0.0, test=0.1 leave a part .* empty: choose"),
     "device": (["fit", "digits", "--out", "OUT", "--device", "abacus"], r"device='abacus' cannot be used here"),
     "unwritable": (["fit", "digits", "--out", "FILE/deeper"], r"a-file"),
     "out is a file": (["fit", "digits", "--out", "FILE"], r"Directory '.*a-file' is a file"),
     "no run": (["evaluate", "OUT"], r"holds no run: there is no run\.json in it\. Begin with `pyro-vae fit`"),
     "method": (["evaluate", "RUN", "--method", "magic"], r"'magic' is not one of 'guide', 'prior', 'exact'"),
-    "particles 0": (["evaluate", "RUN", "--particles", "0"], r"num_particles=0 must be a whole number of at least 1"),
-    "particles": (["evaluate", "RUN", "--particles", "-5"], r"num_particles=-5 must be"),
-    "rows": (["evaluate", "RUN", "--rows", "0"], r"rows=0 must be"),
+    "particles 0": (["evaluate", "RUN", "--particles", "0"], r"'--particles': 0 is not in the range x>=1"),
+    "particles": (["evaluate", "RUN", "--particles", "-5"], r"'--particles': -5 is not"),
+    "rows": (["evaluate", "RUN", "--rows", "0"], r"'--rows': 0 is not in the range x>=1"),
     "not exact": (["evaluate", "RUN", "--method", "exact"], r"quadratic|linear"),
     "no run to draw from": (["generate", "OUT", "--out", "a.png"], r"holds no run"),
     "suffix": (["generate", "RUN", "--out", "a.gif"], r"--out a\.gif must end in \.png, \.npy or \.csv"),
-    "count": (["generate", "RUN", "-n", "0", "--out", "a.npy"], r"size=0 must be|n=0 must be"),
+    "count": (["generate", "RUN", "-n", "0", "--out", "a.npy"], r"'-n': 0 is not in the range x>=1"),
     "nowhere to draw to": (["generate", "RUN", "--out", "FILE/a.npy"], r"a-file"),
 }
+
+TOLD_BY_THE_FIT = {"NaN in a table", "grey", "constant", "device"}  # when the folder is there already
 
 
 @pytest.mark.parametrize("what", MISTAKES)
@@ -236,12 +252,52 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert re.fullmatch(r"pyro-vae: .*\n", err), err
     assert re.search(told, err), err
     assert not (tmp_path / "out" / checkpoint.NAME).exists()
+    assert what in TOLD_BY_THE_FIT or not (tmp_path / "out").exists()
 
 
 def test_a_mistake_does_not_spoil_the_folder(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("fit", table, *TINY, "--lr", "-1", "--out", tmp_path / "run") == 2
+    assert run("fit", table, *TINY, "--device", "abacus", "--out", tmp_path / "run") == 2
+    assert (tmp_path / "run" / "run.json").exists()
     capsys.readouterr()
     assert run("fit", table, *TINY, "--out", tmp_path / "run") == 0
+
+
+def test_a_run_does_not_depend_on_the_working_directory(
+    tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(table.parent)
+    assert run("fit", table.name, *TINY, "--out", tmp_path / "run") == 0
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert run("evaluate", "../run", "--particles", "20") == 0
+    assert run("fit", table, *TINY, "--scale", "learned", "--out", "../run") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_evaluate_refuses_data_that_have_changed(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(table.read_bytes())
+    assert run("fit", copy, *TINY, "--out", tmp_path / "run") == 0
+    copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:-1]))
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run") == 2
+    assert run("fit", copy, *TINY, "--out", tmp_path / "run") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    told = (
+        r"pyro-vae: .*copy\.csv has changed since the fit in .*: it was 60 rows of 3, .* is 59 rows of 3, .*Restore it.*\n"
+    )
+    assert re.fullmatch(told * 2, err), err
+    assert not (tmp_path / "run" / "evidence.csv").exists()
+
+
+def test_pictures_need_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    assert run("fit", tmp_path / "x.npy", *TINY, "--out", tmp_path / "run") == 0
+    (tmp_path / "x.npy").unlink()
+    assert run("generate", tmp_path / "run", "-n", "4", "--out", tmp_path / "a.png") == 0
+    assert image.imread(tmp_path / "a.png").std() > 0.01
 
 
 def test_pictures_of_plain_numbers_are_refused(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:

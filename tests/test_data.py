@@ -7,6 +7,7 @@ import gzip
 import http.client
 import math
 import os
+import re
 import struct
 import sys
 import urllib.error
@@ -155,8 +156,43 @@ def test_split_refuses_an_empty_part(count: int, num_test: int, fractions: dict[
         rows_of(count, num_test=num_test).split(**fractions)
 
 
+@pytest.mark.parametrize("fraction", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["valid", "test"])
+@pytest.mark.parametrize("num_test", [0, 3])
+def test_split_refuses_what_is_no_fraction(fraction: float, name: str, num_test: int) -> None:
+    with pytest.raises(ValueError, match=f"{name}={fraction} is no fraction of the rows: choose one between 0 and 1"):
+        rows_of(10, num_test=num_test).split(**{name: fraction})
+
+
 def test_split_of_three_rows_gives_one_row_each() -> None:
     assert [len(part) for part in rows_of(3).split(valid=1 / 3, test=1 / 3)] == [1, 1, 1]
+
+
+def test_the_fingerprint_tells_data_apart() -> None:
+    x = torch.arange(3000.0).reshape(500, 6)
+    data = Data("toy", x, None, (2, 3), 17, 20)
+    assert re.fullmatch(
+        "500 rows of 2 x 3, 17 grey levels, the last 20 are its test set, checksum [0-9a-f]{8}", data.fingerprint()
+    )
+    same = [Data("other", x.clone(), torch.arange(500), (2, 3), 17, 20), Data("toy", x.T.clone().T, None, (2, 3), 17, 20)]
+    assert {other.fingerprint() for other in same} == {data.fingerprint()}
+    last = x.clone()
+    last[-1, -1] = 0
+    others = [
+        Data("toy", x, None, (3, 2), 17, 20),
+        Data("toy", x, None, (2, 3), 16, 20),
+        Data("toy", x, None, (2, 3), 17, 21),
+        Data("toy", x[:499], None, (2, 3), 17, 20),
+        Data("toy", x.flip(0), None, (2, 3), 17, 20),
+        Data("toy", last, None, (2, 3), 17, 20),
+    ]
+    assert len({other.fingerprint() for other in [data, *others]}) == 7
+
+
+def test_the_fingerprint_of_more_rows_than_float32_counts() -> None:
+    count = 2**25 + 2
+    x = torch.zeros(1, 1).expand(count, 1)
+    assert Data("many", x, None, (1,), None).fingerprint().startswith(f"{count} rows of 1, checksum ")
 
 
 # Names

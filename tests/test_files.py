@@ -145,7 +145,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
     monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
-    with pytest.raises(PermissionError, match=f"Permission denied.*{tmp_path.name}"):
+    with pytest.raises(PermissionError, match=rf"cannot write .*{tmp_path.name}.* \(Permission denied\): choose a folder"):
         files.write_bytes(tmp_path / "a.safetensors", b"content")
 
 

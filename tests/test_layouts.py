@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from programs import Calls, Networks, log_normal, weights
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pyro_vae import Program
-from pyro_vae.layouts import Layout, find_layout, run
+from pyro_vae import Program, layouts
+from pyro_vae.layouts import KEPT, Layout, find_layout, run
+from pyro_vae.memory import bytes_allocated
+from pyro_vae.posterior import from_guide, from_prior
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}
 
@@ -146,6 +153,90 @@ def test_a_new_network_gets_a_layout_of_its_own() -> None:
     assert networks.program.layout((x,))[0] is Layout.LOOPED
 
 
+class CentredColumns(nn.Module):
+    """Subtracts the mean over dimension 1, which are the rows of batched particles; zero until it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(2, 3)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.last(z)
+        return h - h.mean(1, keepdim=True)
+
+
+def train(networks: Networks, x: Tensor) -> None:
+    optimizer = torch.optim.Adam(networks.decoder.parameters(), lr=0.3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        ((networks.decoder(weights(len(x), 2)) - x) ** 2).sum().backward()
+        optimizer.step()
+
+
+def load(networks: Networks, _: Tensor) -> None:
+    networks.decoder.load_state_dict({"last.weight": weights(3, 2), "last.bias": weights(3)})
+
+
+@pytest.mark.parametrize("change", [train, load])
+def test_a_layout_is_found_again_when_parameters_have_changed(change: Callable[[Networks, Tensor], None]) -> None:
+    networks = Networks(CentredColumns(), flat_encoder(), 2)
+    x, z = weights(5, 3), 2.0 * weights(4, 5, 2, seed=1)
+    assert networks.program.layout((x,)).model is Layout.BATCHED  # nothing is wrong to see
+    change(networks, x)
+    assert networks.program.layout((x,)).model is Layout.TILED
+    with torch.no_grad():
+        torch.testing.assert_close(networks.program.log_joint(x)(z), networks.log_joint(x, z), **CLOSE)
+
+
+def test_a_layout_is_found_again_when_the_param_store_has_changed() -> None:
+    def model(x: Tensor) -> None:
+        slope = pyro.param("slope", torch.zeros(2, 3))
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1)) @ slope
+            pyro.sample("x", dist.Normal(h - h.mean(1, keepdim=True), 0.5).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :2], 0.6).to_event(1))
+
+    program, x = Program(model, guide), weights(5, 3)
+    pyro.param("slope", torch.zeros(2, 3))
+    assert program.layout((x,)).model is Layout.BATCHED
+    with torch.no_grad():
+        pyro.param("slope").add_(weights(2, 3))
+    assert program.layout((x,)).model is Layout.TILED
+    pyro.get_param_store()["slope"] = torch.zeros(2, 3)
+    assert program.layout((x,)).model is Layout.BATCHED
+
+
+def test_layouts_are_remembered_but_not_for_ever() -> None:
+    networks = Networks(nn.Linear(2, 3), flat_encoder(), 2)
+    x = weights(5, 3)
+    for _ in range(3 * KEPT):
+        networks.program.layout((x,))
+        calls = Calls(networks.decoder)
+        networks.program.layout((x,))
+        assert calls.count == 0
+        train(networks, x)
+    assert len(vars(networks.program)["_layouts"]) == KEPT
+
+
+def test_rounding_is_no_difference_and_a_thousandth_is_one() -> None:
+    """Of a log-density of 1: a hundred epsilons are let pass, five hundred are not."""
+    for epsilons, expected in ((50, Layout.BATCHED), (500, Layout.TILED)):
+
+        def function(x: Tensor, epsilons: int = epsilons) -> None:
+            here = stack[-1]
+            here.latent, here.observed = torch.ones(here.z.shape[:-1]), torch.zeros(here.z.shape[:-1])
+            if here.z.dim() == 3:
+                here.latent = here.latent + epsilons * torch.finfo(torch.float32).eps
+
+        probe = ((weights(3, 1),), {"z": weights(2, 3, 2)})
+        assert find_layout(function, [probe], lambda values: Sum(values["z"])) is expected
+
+
 def test_gradients_in_every_layout() -> None:
     for make, shape in ((nn.Linear, (3,)), (ConvDecoder, (8, 8)), (Centred, (3,))):
         decoder = make(2, 3) if make is nn.Linear else make()
@@ -212,6 +303,116 @@ def test_a_hierarchical_guide_whose_network_reads_a_latent() -> None:
     log_p = log_normal(a, 0.0, 1.0) + log_normal(b, a, 0.5)
     log_p = log_p[..., 0] + log_normal(x, torch.cat([a, b, a * b], -1), 0.5).sum(-1)
     torch.testing.assert_close(log_weights, (log_p - log_q[..., 0]).detach(), **CLOSE)
+
+
+# How much is drawn at a time
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return out
+
+
+class ImageEncoder(nn.Module):
+    """Takes (N, H, W) and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.view(len(x), 64))
+
+
+class ReadsLatent(nn.Module):
+    """A guide of two latents, the second by a network of the first and the image: it needs copies of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 1), nn.Linear(65, 1)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(self.first(x.flatten(1)), 1.0).to_event(1))
+            pyro.sample("b", dist.Normal(self.second(torch.cat([a, x.flatten(1)], -1)), 1.0).to_event(1))
+
+
+def image_program() -> tuple[Program, ReadsLatent]:
+    decoder, guide = ConvDecoder(), ReadsLatent()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            b = pyro.sample("b", dist.Normal(a, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(torch.cat([a, b], -1)), 0.5).to_event(2), obs=x)
+
+    return Program(model, guide), guide
+
+
+def test_the_prior_is_drawn_without_copies_of_the_rows() -> None:
+    networks = Networks(ConvDecoder(), ImageEncoder(), 2)
+    x = weights(5, 8, 8)
+    layouts = networks.program.layout((x,))
+    assert (layouts.model, layouts.prior) == (Layout.TILED, Layout.BATCHED)
+    with Largest() as largest:
+        z, log_p = networks.program.sample_prior(x, 400)
+    assert largest.elements <= 2 * z["z"].numel()  # and not 400 x 5 x 64
+    torch.testing.assert_close(log_p, log_normal(z["z"], 0.0, 1.0).sum(-1), **CLOSE)
+    assert bytes_allocated(lambda: networks.program.sample_prior(x, 400)) < 400 * x.nbytes
+
+
+def test_codes_become_vectors_and_back_without_copies_of_the_rows() -> None:
+    log_joint = Networks(ConvDecoder(), ImageEncoder(), 2).program.log_joint(weights(5, 8, 8))
+    z = weights(400, 5, 2)
+    with Largest() as largest:
+        assert torch.equal(log_joint.unflatten(log_joint.flatten({"z": z}))["z"], z)
+    assert largest.elements <= 2 * z.numel()
+
+
+@pytest.mark.parametrize("num_particles", [1, 7, 8, 23])
+def test_copies_of_the_rows_are_made_in_pieces(num_particles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "COPIED", 8 * 5 * 64 - 1)  # seven particles of five rows
+    program, guide = image_program()
+    x = weights(5, 8, 8)
+    assert program.layout((x,)).guide is Layout.TILED
+    calls = Calls(guide.first)
+    torch.manual_seed(3)
+    with Largest() as largest:
+        z, log_q = program.sample(x, num_particles)
+    assert calls.count == -(-num_particles // 7)
+    assert largest.elements <= 7 * 5 * 65
+    assert z["a"].shape == z["b"].shape == (num_particles, 5, 1)
+    flat = x.flatten(1)
+    with torch.no_grad():
+        copies = flat.expand(num_particles, 5, 64)
+        expected = log_normal(z["a"], guide.first(flat), 1.0)
+        expected = expected + log_normal(z["b"], guide.second(torch.cat([z["a"], copies], -1)), 1.0)
+    torch.testing.assert_close(log_q, expected[..., 0], **CLOSE)
+    assert len(z["a"].unique()) == z["a"].numel()  # no piece repeats another
+    torch.manual_seed(3)
+    assert torch.equal(program.sample(x, num_particles)[0]["b"], z["b"])
+
+
+def test_what_is_drawn_does_not_depend_on_the_budget() -> None:
+    program, _ = image_program()
+    x = weights(5, 8, 8)
+    for engine in (from_guide, from_prior):
+        large, small = (engine(program, x, num_particles=30, memory=memory) for memory in (2**30, 2**16))
+        assert torch.equal(large.z["b"], small.z["b"])
+
+
+def test_no_particles_are_refused() -> None:
+    networks = Networks(nn.Linear(2, 3), flat_encoder(), 2)
+    for draw in (networks.program.sample, networks.program.sample_prior):
+        with pytest.raises(ValueError, match=r"num_particles=0 must be a whole number of at least 1"):
+            draw(weights(5, 3), 0)
 
 
 # The functions by themselves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae.rows import as_rows, finite_rows, position, positive, probe, require_finite, take
+from pyro_vae.rows import as_rows, finite_rows, position, positive, probe, require_finite, row_blocks, take
 
 X = torch.arange(6.0).reshape(3, 2)
 
@@ -73,6 +74,39 @@ def test_refusals(x: Any, error: type[Exception], message: str) -> None:
         as_rows(x)
 
 
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (X.numpy().astype(object), r"dtype '\|O' \(object\)"),
+        (X.numpy().astype(str), r"dtype '<U\d+' \(str\d+\)"),
+        (X.numpy().astype(">f4"), r"dtype '>f4' \(float32\)"),
+        (X.numpy()[::-1], r"dtype '<f4' \(float32\) and strides \(-8, 4\)"),
+        (X.numpy()[:, ::-1], r"strides \(8, -4\)"),
+    ],
+    ids=["objects", "texts", "byte order", "rows reversed", "columns reversed"],
+)
+def test_arrays_that_torch_cannot_take(array: Any, told: str) -> None:
+    mend = r" and strides \(.*\), which torch cannot take: give np.ascontiguousarray\(x, dtype=np.float32\).$"
+    with pytest.raises(ValueError, match=rf"^x is an array of .*{told}") as refusal:
+        as_rows(array)
+    assert re.search(mend, str(refusal.value))
+    rows = as_rows(np.ascontiguousarray(array, dtype=np.float32))  # the mend mends
+    assert torch.equal(rows[0], torch.from_numpy(array.astype(np.float32).copy()))
+    with pytest.raises(ValueError, match=r"^x\[1\] is an array .*ascontiguousarray\(x\[1\], dtype=np.float32\).$"):
+        as_rows((X, array))
+
+
+def test_tables_are_told_how_to_become_arrays() -> None:
+    class DataFrame:
+        def to_numpy(self) -> Any:
+            return X.numpy()
+
+    with pytest.raises(TypeError, match=r"^x is a DataFrame: give x.to_numpy\(\).$"):
+        as_rows(DataFrame())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^x\[1\] is a DataFrame: give x\[1\].to_numpy\(\).$"):
+        as_rows((X, DataFrame()))  # type: ignore[arg-type]
+
+
 def test_refusals_use_the_name_they_are_given() -> None:
     with pytest.raises(ValueError, match=r"^valid has dtype torch.int64: .*give valid.float\(\)"):
         as_rows(X.long(), "valid")
@@ -111,6 +145,14 @@ def test_position_prefers_the_object_to_its_equals() -> None:
     assert position((X, nan), nan) == 1
     assert position((X,), X[:, :1]) is None
     assert position((X,), X + 1) is None
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (6, [3, 3]), (7, [3, 3, 1])])
+def test_row_blocks_cover_all_rows_in_order(count: int, sizes: list[int]) -> None:
+    parts = [list(range(count))[at] for at in row_blocks(count, 3)]
+    assert [len(part) for part in parts] == sizes
+    assert [row for part in parts for row in part] == list(range(count))
+    assert [at.stop for at in row_blocks(20000)] == [8192, 16384, 20000]
 
 
 def test_finite_rows_finds_each_bad_row_and_no_other() -> None:

@@ -212,6 +212,44 @@ def test_a_discrete_latent(family: Any, name: str, enumerated: bool) -> None:
     )
 
 
+WRAPPERS: dict[str, Callable[[Tensor], Any]] = {
+    "event_dim": lambda v: dist.Delta(v, event_dim=1),
+    "independent": lambda v: dist.Delta(v).to_event(1),
+    "masked": lambda v: dist.Delta(v, event_dim=1).mask(torch.tensor(True)),
+    "masked inside": lambda v: dist.Delta(v).mask(torch.tensor(True)).to_event(1),
+    "expanded": lambda v: dist.ExpandedDistribution(dist.Delta(v, event_dim=1), v.shape[:1]),
+    "transformed": lambda v: dist.TransformedDistribution(dist.Delta(v), [dist.transforms.ExpTransform()]).to_event(1),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_a_latent_without_a_density(where: str, wrapper: str) -> None:
+    point = WRAPPERS[wrapper]
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            prior = point(torch.zeros(len(x), 2)) if where == "model" else dist.Normal(ZERO, 1.0).to_event(1)
+            observe(x, pyro.sample("z", prior))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", point(net(x, 2)))
+
+    assert refused(X, model, normal_guide if where == "model" else guide) == (
+        f"The {where}'s latent 'z' (batch shape (3,), event shape (2,)) is a Delta, which has no density: give it a scale, "
+        "as dist.Normal(value, scale) has one, or make it no latent and compute it in the model."
+    )
+
+
+def test_expanded_families_are_told_by_what_is_expanded() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            observe(x, pyro.sample("z", dist.ExpandedDistribution(dist.Normal(ZERO, 1.0).to_event(1), (len(x),))))
+
+    assert Program(model, normal_guide).check(X).model["z"].family == "Normal"
+
+
 def test_a_relaxed_latent_is_none_of_these() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

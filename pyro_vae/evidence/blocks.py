@@ -93,7 +93,8 @@ def _options(method: Method, num_particles: int | None, memory: int) -> dict[str
         options["num_particles"] = accepted["num_particles"].default if num_particles is None else num_particles
         positive(num_particles=options["num_particles"])
     elif num_particles is not None:
-        raise ValueError(f"num_particles={num_particles}: the method {method.__name__} draws no particles, leave it out.")
+        name = getattr(getattr(method, "func", method), "__name__", type(method).__name__)  # a partial has none of its own
+        raise ValueError(f"num_particles={num_particles}: the method {name} draws no particles, leave it out.")
     return options
 
 

@@ -58,13 +58,14 @@ class Estimate:
         clean = torch.where(broken, -torch.inf, log_weights)
         log_p, ess, k = weights.log_mean_exp(clean), weights.ess(clean), weights.pareto_k(clean)
         # Weights that differ by rounding alone have no tail, and the shape of what rounding left means nothing.
+        bias = weights.bias(clean, particles.strata)
         flat = clean.amax(0) - clean.amin(0) <= 100.0 * particles.rounding
         k = torch.where(flat & ~k.isnan(), -torch.inf, k)
-        error = torch.hypot(weights.standard_error(clean), particles.rounding)
+        error = torch.hypot(weights.standard_error(clean, particles.strata), particles.rounding)
         return cls(
             log_p=log_p,
-            standard_error=torch.nan_to_num(error, nan=torch.inf),
-            bias=torch.nan_to_num(weights.bias(clean), nan=-torch.inf),
+            standard_error=torch.where(error.isnan(), torch.inf, error),
+            bias=torch.where(bias.isnan(), -torch.inf, bias),
             ess=ess,
             pareto_k=k,
             lower=log_p,
@@ -156,10 +157,10 @@ class Estimate:
             f"mean bias {float(self.bias.mean()):.2g}",
         ]
         if not bool(self.ess.isnan().all()):
-            k = self.pareto_k.nan_to_num(neginf=-1.0)
+            k = self.pareto_k[~self.pareto_k.isnan()]
+            tail = f"k-hat: median {float(k.median()):.2f}, largest {float(k.max()):.2f}" if len(k) else "no k-hat"
             lines.append(
-                f"  effective particles: median {float(self.ess.median()):.1f}, least {float(self.ess.min()):.1f}; "
-                f"k-hat: median {float(k.median()):.2f}, largest {float(k.max()):.2f}"
+                f"  effective particles: median {float(self.ess.median()):.1f}, least {float(self.ess.min()):.1f}; {tail}"
             )
         if reliable == len(self):
             lines.append("  all rows reliable")

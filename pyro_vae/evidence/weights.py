@@ -29,22 +29,40 @@ def _relative(log_weights: Tensor) -> Tensor:
     return torch.exp(log_weights - torch.where(largest.isneginf(), 0.0, largest))
 
 
-def squared_cv(log_weights: Tensor) -> Tensor:
-    """Squared coefficient of variation of the weights: (K, N) -> (N,). Infinite for K = 1, NaN where all weights are 0."""
-    weights = _relative(log_weights)
-    if len(weights) == 1:
+def relative_variance(log_weights: Tensor, strata: Tensor | None = None) -> Tensor:
+    """Variance of the mean weight over its square: (K, N) -> (N,). Infinite for K = 1, NaN where all weights are 0.
+
+    Args:
+        log_weights: (K, N).
+        strata: which stratum a draw belongs to, (K, N), integers from 0; None where all draws are independent and alike.
+            With K_c draws in stratum c of variance s_c^2 the mean of all K has the variance sum_c K_c s_c^2 / K^2. s_c^2 is
+            uncertain where K_c is small: it is taken times (K_c - 1) / (K_c - 3), the variance of a Student t of that many
+            draws, and for fewer than four draws it is the variance over all.
+    """
+    weights, count = _relative(log_weights), len(log_weights)
+    if count == 1:
         return torch.full_like(weights[0], torch.inf)
-    return weights.var(0) / weights.mean(0).square()
+    whole = weights.var(0)
+    if strata is None:
+        return whole / count / weights.mean(0).square()
+    total = torch.zeros_like(whole)
+    for c in range(int(strata.max()) + 1):
+        inside = strata == c
+        size = inside.sum(0)
+        mean = (weights * inside).sum(0) / size.clamp_min(1)
+        squares = ((weights - mean).square() * inside).sum(0)
+        total = total + size * torch.where(size > 3, squares / (size - 3).clamp_min(1), whole)
+    return total / count**2 / weights.mean(0).square()
 
 
-def standard_error(log_weights: Tensor) -> Tensor:
+def standard_error(log_weights: Tensor, strata: Tensor | None = None) -> Tensor:
     """Monte Carlo standard error of `log_mean_exp` in nats, by the delta method: (K, N) -> (N,)."""
-    return torch.sqrt(squared_cv(log_weights) / len(log_weights))
+    return torch.sqrt(relative_variance(log_weights, strata))
 
 
-def bias(log_weights: Tensor) -> Tensor:
+def bias(log_weights: Tensor, strata: Tensor | None = None) -> Tensor:
     """Estimated bias of `log_mean_exp` in nats, first order: (K, N) -> (N,), never positive."""
-    return -squared_cv(log_weights) / (2 * len(log_weights))
+    return -0.5 * relative_variance(log_weights, strata)
 
 
 def ess(log_weights: Tensor) -> Tensor:

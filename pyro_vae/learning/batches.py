@@ -64,6 +64,10 @@ class Batches:
         """The first rows as a batch, transformed."""
         return self._fetch(torch.arange(min(count, self.num_rows)))
 
+    def spread(self, count: int) -> Rows:
+        """Up to `count` rows, evenly spread over all, as a batch, transformed."""
+        return self._fetch(torch.linspace(0, self.num_rows - 1, min(count, self.num_rows)).long())
+
     def order(self, seed: Seed, epoch: int) -> Tensor:
         """The permutation of the rows in an epoch, (N,): the same whenever it is asked for."""
         generator = torch.Generator().manual_seed(derive(seed, epoch))

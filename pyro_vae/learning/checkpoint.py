@@ -148,6 +148,6 @@ def _typed_as(fresh: Any, kept: Any) -> Any:
     return kept
 
 
-def require_finite(tensors: Mapping[str, Tensor]) -> str | None:
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a NaN or an infinity, None where all are finite."""
     return next((n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)

@@ -7,10 +7,12 @@ where they are, `Training` keeps count, `History` keeps the figures, and a check
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,7 +23,7 @@ from pyro_vae.learning.history import History
 from pyro_vae.learning.objectives import ELBO
 from pyro_vae.learning.training import Callback, Training
 from pyro_vae.program import Program
-from pyro_vae.rows import as_rows, positive
+from pyro_vae.rows import positive
 from pyro_vae.seeds import seeded
 
 
@@ -86,6 +88,7 @@ def fit(
     held_out = None if valid is None else Batches(valid, "valid", batch_size, place, transform)
     for module in program.modules_found().values():
         module.to(place)
+    known = set(pyro.get_param_store().keys())
     with seeded(seed, place):
         _require_rows(program, batches, held_out)
         program.check(batches.first(3))
@@ -96,6 +99,10 @@ def fit(
             leaf.data = leaf.data.to(place)
         chosen = optimiser or functools.partial(torch.optim.Adam, lr=lr, fused=True)
         made = chosen(list(leaves.values()))
+        if inspect.signature(made.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{type(made).__name__} needs a closure at each step: give an optimiser that does not, as Adam."
+            )
         training = Training(
             program=program,
             leaves=leaves,
@@ -109,7 +116,19 @@ def fit(
             patience=patience,
             checkpoint=None if checkpoint is None else Path(checkpoint),
         )
-        return training.run(epochs, callbacks=callbacks, log_dir=log_dir, progress=progress)
+        try:
+            return training.run(epochs, callbacks=callbacks, log_dir=log_dir, progress=progress)
+        finally:
+            _forget_modules(program, known)
+
+
+def _forget_modules(program: Program, known: set[str]) -> None:
+    """Take out of the param store what `pyro.module` put there during the fit: the modules hold these values themselves."""
+    store = pyro.get_param_store()
+    held = {id(leaf) for module in program.modules_found().values() for leaf in module.parameters()}
+    for name in set(store.keys()) - known:
+        if id(store[name]) in held:
+            del store[name]
 
 
 def _require_sensible(lr: float, clip_norm: float | None, patience: int | None, valid: object) -> None:
@@ -131,6 +150,8 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={str(device)!r} cannot be used here: give 'cpu' or 'auto'.") from error
+    if place.type == "meta":
+        raise ValueError("device='meta' holds no numbers, so nothing can be fitted there: give 'cpu' or 'auto'.")
     return place
 
 
@@ -143,7 +164,13 @@ def _require_rows(program: Program, train: Batches, valid: Batches | None) -> No
     check = getattr(program, "check_training", None)
     if check is None:
         return
-    for batches in (train,) if valid is None else (train, valid):
+    for batches, judge in ((train, check), (valid, program.usable_rows)):
+        if batches is None:
+            continue
         whole = batches.tensors if batches.transform is None else None
-        rows = whole if whole is not None else batches.first(1024)
-        (check if batches is train and whole is not None else program.usable_rows)(as_rows(rows))
+        rows = whole if whole is not None else batches.spread(1024)
+        part = "" if len(rows[0]) == batches.num_rows else f" ({len(rows[0])} of its rows, evenly spread)"
+        try:
+            judge(rows)
+        except ValueError as error:
+            raise ValueError(f"In {batches.name}{part}: {error}") from error

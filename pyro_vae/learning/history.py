@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+BLUE, VERMILION = "#0072B2", "#D55E00"
+"""Of Okabe & Ito (2008): colour-blind readers can tell them apart."""
+
 
 @dataclass
 class History:
@@ -63,10 +66,9 @@ class History:
             from matplotlib import pyplot as plt
 
             ax = plt.subplots(layout="constrained")[1]
-        # Blue and vermilion of Okabe & Ito (2008), which colour-blind readers can tell apart; the lines differ as well.
-        ax.plot(self.epoch, self.elbo, color="#0072B2", label="training, while it moves")
+        ax.plot(self.epoch, self.elbo, color=BLUE, label="training, while it moves")
         if self.valid_elbo:
-            ax.plot(self.epoch, self.valid_elbo, color="#D55E00", linestyle="--", label="validation")
+            ax.plot(self.epoch, self.valid_elbo, color=VERMILION, linestyle="--", label="validation")
         if len(self) >= 10:
             # An epoch whose validation broke down must not cost the figure.
             epochs = [

@@ -89,7 +89,15 @@ class Stepper:
                 "register the modules with pyro.module inside model and guide."
             )
         torch._foreach_div_(gradients, float(len(rows[0])))
-        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        # Reweighted wake-sleep has a loss for the model and one for the guide.
+        losses = loss if isinstance(loss, tuple) else (loss,)
+        return sum(float(part.detach()) if isinstance(part, Tensor) else float(part) for part in losses)
+
+    def finite_gradients(self) -> bool:
+        """Whether a step may be taken though the loss is not finite: some losses of Pyro's exist as gradients only."""
+        if isinstance(self.objective, Objective):
+            return False
+        return all(bool(torch.isfinite(leaf.grad).all()) for leaf in self.leaves if leaf.grad is not None)
 
 
 def _sites(function: Any, rows: Rows) -> list[Site]:

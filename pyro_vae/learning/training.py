@@ -133,11 +133,16 @@ class Training:
             try:
                 loss, elbo = stepper.gradients(rows, steps_taken)
             except ValueError as error:
+                if len(rows[0]) == 1 and "more than 1 value per channel" in str(error):
+                    raise ValueError(
+                        f"The last batch has one row, which BatchNorm cannot take: {self.batches.num_rows} rows leave one "
+                        f"over with batch_size={self.batches.batch_size}, choose another."
+                    ) from error
                 # Pyro's validation refuses a NaN parameter before there is a loss; other mistakes are told as they are.
                 if found := self._not_finite(rows, key):
                     raise FloatingPointError(self._where(found)) from error
                 raise
-        if not (math.isfinite(loss) and math.isfinite(elbo)):
+        if not (math.isfinite(elbo) and (math.isfinite(loss) or stepper.finite_gradients())):
             raise FloatingPointError(self._where(self._not_finite(rows, key) or f"the loss is {loss}"))
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), self.clip_norm)
@@ -159,7 +164,7 @@ class Training:
 
     def _require_finite(self) -> None:
         """Nothing that is broken goes into a checkpoint."""
-        if broken := checkpoints.require_finite(self.leaves):
+        if broken := checkpoints.first_not_finite(self.leaves):
             self.position.batch -= 1  # the step that broke it
             raise FloatingPointError(self._where(f"parameter {broken!r} is not finite after the step"))
 
@@ -227,6 +232,7 @@ class Training:
             "patience": self.patience,
             "seed": self.seed,
             "parameters": {name: list(leaf.shape) for name, leaf in self.leaves.items()},
+            "modules": {at: " ".join(repr(m).split()) for at, m in self.program.modules_found().items()},
         }
 
     def _save(self) -> None:

@@ -11,6 +11,7 @@ import importlib
 from abc import abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,24 +51,30 @@ def describe(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return {"foreign": type(value).__name__}
+
+
+class ForeignError(Exception):
+    """A description holds a class that only the user can make; its name is the argument."""
 
 
 def rebuild(description: Any) -> Any:
     """What `describe` described.
 
     Raises:
-        LookupError: names the foreign class that only the user can make.
-        ValueError: a name that is no component of this package.
+        ForeignError: names the class that only the user can make.
+        ValueError: a name that is no component of this package; other errors where the description is damaged.
     """
     if isinstance(description, list):
         return tuple(rebuild(item) for item in description)
     if not isinstance(description, dict):
         return description
     if "foreign" in description:
-        raise LookupError(description["foreign"])
+        raise ForeignError(description["foreign"])
     if "activation" in description:
         return _named(nn, description["activation"], nn.Module)
     home, _, name = description["component"].partition(".")

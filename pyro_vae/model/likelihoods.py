@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae.model.component import Component
 from pyro_vae.model.scales import Fixed, FromNetwork, Learned, Scale
+from pyro_vae.rows import row_blocks
 
 __all__ = ["Bernoulli", "Fixed", "FromNetwork", "Learned", "Likelihood", "Normal", "Scale"]
 
@@ -57,6 +58,9 @@ class Normal(Likelihood):
         super().__init__()
         self.decoder = decoder
         self.scale = scale if isinstance(scale, Scale) else Fixed(scale)
+        columns = getattr(decoder, "out_features", None)
+        if isinstance(self.scale, Learned) and len(self.scale.shape) == 1 and columns not in (None, *self.scale.shape):
+            raise ValueError(f"Learned({self.scale.shape[0]}) does not fit a decoder of {columns} columns: give {columns}.")
 
     def settings(self) -> dict[str, Any]:
         """See `Component.settings`."""
@@ -94,12 +98,14 @@ class Bernoulli(Likelihood):
 
     def check(self, x: Tensor) -> None:
         """See `Likelihood.check`."""
-        flat = x.reshape(len(x), -1)
-        outside = (flat != 0) & (flat != 1)
-        if bool(outside.any()):
+        for part in row_blocks(len(x)):
+            flat = x[part].reshape(len(x[part]), -1)
+            outside = (flat != 0) & (flat != 1)
+            if not bool(outside.any()):
+                continue
             row, column = outside.nonzero()[0].tolist()
             raise ValueError(
-                f"x has the value {float(flat[row, column]):.4g} in row {row}, column {column}, and Bernoulli takes "
-                "0 and 1 alone: binarise it (pv.data.binarise(x) draws, pv.data.threshold(x) cuts; in fit: "
+                f"x has the value {float(flat[row, column]):.4g} in row {part.start + row}, column {column}, and Bernoulli "
+                "takes 0 and 1 alone: binarise it (pv.data.binarise(x) draws, pv.data.threshold(x) cuts; in fit: "
                 "transform=pv.data.binarise)."
             )

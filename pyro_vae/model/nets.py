@@ -23,7 +23,7 @@ class MLP(Component):
     Args:
         in_features: columns of the input.
         out_features: columns of the output; None ends in the last hidden layer and its activation (a body for heads).
-        hidden: widths of the hidden layers.
+        hidden: widths of the hidden layers, or the width of one.
         activation: a class of `torch.nn`, made anew after each hidden layer.
 
     Examples:
@@ -37,10 +37,11 @@ class MLP(Component):
         self,
         in_features: int,
         out_features: int | None = None,
-        hidden: Sequence[int] = (),
+        hidden: int | Sequence[int] = (),
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
+        hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
         if out_features is None and not hidden:
             raise ValueError("An MLP without out_features needs at least one hidden layer: give hidden=(400,), say.")
         widths = (in_features, *hidden) if out_features is None else (in_features, *hidden, out_features)
@@ -53,7 +54,7 @@ class MLP(Component):
                 layers.append(activation())
         self.layers = nn.Sequential(*layers)
         self.in_features, self.out_features = in_features, widths[-1]
-        self.hidden, self.activation = tuple(hidden), activation
+        self.hidden, self.activation = hidden, activation
         self._ends_hidden = out_features is None
 
     def settings(self) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class ConvEncoder(Component):
 
     def __init__(self, shape: Sequence[int], channels: Sequence[int] = (32, 64), out_features: int = 128) -> None:
         super().__init__()
-        self.shape, self.channels, self.out_features = _image_shape(shape), tuple(channels), out_features
+        self.shape, self.channels, self.out_features = _image_shape(shape), _some(channels), out_features
         positive(out_features=out_features)
         layers: list[nn.Module] = []
         for before, after in zip((self.shape[0], *channels), channels, strict=False):
@@ -121,7 +122,7 @@ class ConvDecoder(Component):
 
     def __init__(self, latent_dim: int, shape: Sequence[int], channels: Sequence[int] = (64, 32)) -> None:
         super().__init__()
-        self.latent_dim, self.shape, self.channels = latent_dim, _image_shape(shape), tuple(channels)
+        self.latent_dim, self.shape, self.channels = latent_dim, _image_shape(shape), _some(channels)
         positive(latent_dim=latent_dim)
         sizes = _sizes(self.shape, len(self.channels))[::-1]
         self.start = (self.channels[0], *sizes[0])
@@ -163,6 +164,12 @@ def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return int(shape[0]), int(shape[1]), int(shape[2])
 
 
+def _some(channels: Sequence[int]) -> tuple[int, ...]:
+    if not channels:
+        raise ValueError("channels=() makes no convolution: give the channels of at least one layer, such as (32, 64).")
+    return tuple(channels)
+
+
 def _sizes(shape: tuple[int, int, int], num_layers: int) -> list[tuple[int, int]]:
     """Height and width before, between and after layers that halve them, rounding up."""
     sizes = [shape[1:]]
@@ -175,6 +182,6 @@ def _as_images(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if x.shape[-1] != torch.Size(shape).numel():
         raise ValueError(
             f"This network takes flat images of {shape} = {torch.Size(shape).numel()} columns, "
-            f"but was given shape {tuple(x.shape)}."
+            f"but was given shape {tuple(x.shape)}: give rows x.flatten(1)."
         )
     return x.reshape(-1, *shape)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.model.component import Component, positive_from
+from pyro_vae.rows import row_blocks
 
 
 class Scale(Component):
@@ -45,11 +46,12 @@ class Fixed(Scale):
         numbers = torch.as_tensor(value, device="cpu")
         if not bool(((numbers > 0) & torch.isfinite(numbers)).all()):
             raise ValueError(f"scale={value} must be positive and finite.")
+        self.given = float(value) if isinstance(value, (int, float)) else numbers.tolist()
         self.register_buffer("value", torch.as_tensor(value, dtype=torch.get_default_dtype()))
 
     def settings(self) -> dict[str, Any]:
         """See `Component.settings`."""
-        return {"value": self.value.tolist()}
+        return {"value": self.given}
 
     def forward(self, z: Tensor) -> Tensor:
         """The value, whatever z."""
@@ -71,7 +73,9 @@ class Learned(Scale):
         if not 0.0 < minimum < initial:
             raise ValueError(f"initial={initial} must lie above minimum={minimum}, and both above 0.")
         self.initial, self.minimum = initial, minimum
-        self.raw = nn.Parameter(torch.full(self.shape, math.log(math.expm1(initial - minimum))))
+        # The inverse of the softplus, in the form that does not overflow.
+        raw = initial - minimum + math.log(-math.expm1(minimum - initial))
+        self.raw = nn.Parameter(torch.full(self.shape, raw))
 
     def settings(self) -> dict[str, Any]:
         """See `Component.settings`."""
@@ -114,12 +118,13 @@ class FromNetwork(Scale):
 
 
 def _check_constant_columns(x: Tensor, *, shared: bool) -> None:
-    flat = x.reshape(len(x), -1)
-    constant = (flat == flat[:1]).all(0)
+    constant = torch.ones(x[0].numel(), dtype=torch.bool, device=x.device)
+    for part in row_blocks(len(x)):
+        constant &= (x[part].flatten(1) == x[:1].flatten(1)).all(0) if x.dim() > 1 else (x[part] == x[0]).all()
     if len(x) < 2 or not bool(constant.any()):
         return
     columns = constant.nonzero().flatten().tolist()
-    found = f"{len(columns)} of {flat.shape[1]} columns of x are constant (the first is column {columns[0]})"
+    found = f"{len(columns)} of {len(constant)} columns of x are constant (the first is column {columns[0]})"
     if shared:
         warnings.warn(
             f"{found}: the model predicts them without error, so the learned scale is smaller than the others need.",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import files
-from pyro_vae.model.component import describe, rebuild
+from pyro_vae.model.component import ForeignError, describe, rebuild
 from pyro_vae.model.guides import Guide
 from pyro_vae.model.likelihoods import Likelihood
 from pyro_vae.model.priors import Prior
@@ -74,6 +74,7 @@ class VAE(nn.Module, Program):
         self.prior = prior
         self.likelihood = likelihood
         self.encoder = guide
+        self._event_shape()
 
     def __repr__(self) -> str:
         """The call that makes it."""
@@ -89,9 +90,8 @@ class VAE(nn.Module, Program):
         Returns:
             The rows, observed or drawn.
         """
-        name = self._store_name()
-        pyro.module(f"{name}.prior", self.prior)
-        pyro.module(f"{name}.likelihood", self.likelihood)
+        self._register("prior", self.prior)
+        self._register("likelihood", self.likelihood)
         if x is None and size is None:
             raise ValueError("model() needs rows to observe, model(x), or a number of rows to draw, model(size=64).")
         with pyro.plate("data", len(x) if x is not None else size):
@@ -101,15 +101,21 @@ class VAE(nn.Module, Program):
 
     def guide(self, x: Tensor, size: int | None = None) -> Tensor:
         """The encoder as a Pyro guide: draws "z" for the rows `x`, (N, *event_shape) -> (N, D). `size` is not used."""
-        pyro.module(f"{self._store_name()}.guide", self.encoder)
+        self._register("guide", self.encoder)
         with pyro.plate("data", len(x)):
             z: Tensor = pyro.sample("z", self.encoder(x))
         return z
 
-    def _store_name(self) -> str:
+    def _register(self, role: str, module: nn.Module) -> None:
+        """`pyro.module` under a name of this VAE's own, after a look that no entry stands for a parameter it had before."""
         if self not in _names:
             _names[self] = f"vae{next(_count)}"
-        return _names[self]
+        name, store = f"{_names[self]}.{role}", pyro.get_param_store()
+        for inner, parameter in module.named_parameters():
+            entry = f"{name}$$${inner}"
+            if entry in store and store[entry] is not parameter:
+                del store[entry]
+        pyro.module(name, module)
 
     def generate(self, size: int, *, seed: Seed = 0, noise: bool = True) -> Tensor:
         """Draws from the model, (size, *event_shape).
@@ -155,10 +161,12 @@ class VAE(nn.Module, Program):
     def _checked(self, x: Data) -> Rows:
         rows = as_rows(x)
         if len(rows) != 1:
-            raise ValueError(f"This VAE models one tensor of rows, x is a tuple of {len(rows)}: give the first alone.")
+            raise ValueError(
+                f"This VAE models one tensor of rows, but was given a tuple of {len(rows)}: give the first alone "
+                "(of a data set: items that are rows, without labels)."
+            )
         require_place({"vae": self}, rows)
-        with torch.no_grad(), evaluating({"vae": self}):
-            event_shape = tuple(self.likelihood(self._place().new_zeros(1, self.prior.latent_dim)).event_shape)
+        event_shape = self._event_shape()
         if tuple(rows[0].shape[1:]) != event_shape:
             raise ValueError(
                 f"x has rows of shape {tuple(rows[0].shape[1:])}, this VAE models rows of shape {event_shape}: "
@@ -167,6 +175,22 @@ class VAE(nn.Module, Program):
         require_finite(rows)
         self.likelihood.check(rows[0])
         return rows
+
+    def _event_shape(self) -> tuple[int, ...]:
+        """Shape of one row, as the likelihood draws it.
+
+        Raises:
+            ValueError: the likelihood cannot be computed from the prior's latents.
+        """
+        z = self._place().new_zeros(1, self.prior.latent_dim)
+        try:
+            with torch.no_grad(), evaluating({"vae": self}), pyro.validation_enabled(is_validate=False):
+                return tuple(self.likelihood(z).event_shape)
+        except (RuntimeError, ValueError) as error:
+            told = str(error).rstrip(".")
+            raise ValueError(
+                f"The likelihood {self.likelihood!r} cannot take latents of shape {tuple(z.shape)}: {told}."
+            ) from error
 
     def _place(self) -> Tensor:
         return next(itertools.chain(self.parameters(), self.buffers()))
@@ -198,13 +222,14 @@ def load(path: str | os.PathLike[str], into: VAE | None = None) -> VAE:
     if into is None:
         try:
             into = VAE(**{name: rebuild(header[name]) for name in ("prior", "likelihood", "guide")})
-        except LookupError as error:
+        except ForeignError as error:
             raise ValueError(
                 f"{path} holds a {error.args[0]} of your own, which a file cannot describe: "
                 "build the VAE and call pv.load(path, into=vae)."
             ) from error
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} describes a VAE that this pyro_vae cannot build: {error}.") from error
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            told = str(error).rstrip(".")
+            raise ValueError(f"{path} describes a VAE that this pyro_vae cannot build: {told}.") from error
         floating = [value.dtype for value in tensors.values() if value.dtype.is_floating_point]
         into = into.to(floating[0]) if floating else into
     files.copy_into(into.state_dict(), tensors, path)

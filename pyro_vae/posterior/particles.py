@@ -26,12 +26,14 @@ class Particles:
         z: latents by site name, each (K, N, *event_shape), in their own support.
         rounding: (N,), the error in nats that the arithmetic of the networks leaves in each log-weight.
         info: what the engine says about itself; "engine" is its name, "evaluations" the decoder runs a row.
+        strata: which stratum each draw belongs to, (K, N), integers; None where draws are independent and alike.
     """
 
     log_weights: Tensor
     z: Mapping[str, Tensor]
     rounding: Tensor
     info: Mapping[str, Any] = field(default_factory=dict)
+    strata: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not belong together."""

@@ -39,7 +39,7 @@ def from_prior(
         z, _ = program.sample_prior(rows, num_particles)
     log_weights = in_chunks(program, rows, z, LogJoint.likelihood_of_sites, memory)
     rounding = rounding_error(log_weights, torch.zeros_like(log_weights), rows[0].dtype)
-    return Particles(log_weights, z, rounding, {"engine": "prior", "evaluations": num_particles})
+    return Particles(log_weights, z, rounding, info={"engine": "prior", "evaluations": num_particles})
 
 
 def from_guide(program: Program, x: Data, *, num_particles: int = 1_000, seed: Seed = 0, memory: int = BUDGET) -> Particles:
@@ -64,5 +64,5 @@ def from_guide(program: Program, x: Data, *, num_particles: int = 1_000, seed: S
         log_p - log_q,
         z,
         rounding_error(log_p, log_q, rows[0].dtype),
-        {"engine": "guide", "evaluations": num_particles},
+        info={"engine": "guide", "evaluations": num_particles},
     )

@@ -33,6 +33,7 @@ LATENT_DIM = 8
 METHODS: dict[str, tuple[Callable[..., Any], int]] = {
     "prior": (posterior.from_prior, 10_000),
     "guide": (posterior.from_guide, 5_000),
+    "laplace": (posterior.laplace, 500),
 }
 
 
@@ -68,7 +69,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 100, progress: bool | None = 
     rows = _evaluate(vae, test, seed, out)
     console.print(_table(rows, len(test)))
     console.print(
-        "Lower bounds in expectation, all three. K: particles a row. ± MC: standard error of the draws; ± data: of the "
+        "Lower bounds in expectation, all of them. K: particles a row. ± MC: standard error of the draws; ± data: of the "
         "choice of rows. ESS: median effective particles. reliable: rows whose weights pass the k-hat test."
     )
     _draw(vae, history, splits, test, seed, out)

@@ -14,12 +14,12 @@ import matplotlib as mpl
 import numpy as np
 from torch import Tensor
 
+from pyro_vae.learning.history import BLUE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from pyro_vae.learning.history import History
-
-BLUE = "#0072B2"
 
 
 def _axes(ax: Axes | None) -> Axes:

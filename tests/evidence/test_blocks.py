@@ -1,8 +1,12 @@
+import functools
+from collections.abc import Callable
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from linear_gaussian import LinearGaussian
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyro_vae as pv
@@ -114,3 +118,126 @@ def test_data_on_another_device_are_refused() -> None:
         pv.log_evidence(vae, torch.zeros(2, 3, device="meta"))
     with pytest.raises(ValueError, match=r"dtype torch.float64, the parameters torch.float32"):
         pv.log_evidence(vae, torch.zeros(2, 3, dtype=torch.float64))
+
+
+X = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Parts:
+    """A program in pieces, one of which a test replaces by a wrong one."""
+
+    def __init__(self) -> None:
+        self.decoder, self.encoder = torch.nn.Linear(2, 4), torch.nn.Linear(4, 2)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 0.6).to_event(1))
+
+    def model_without_plate(self, x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide_without_to_event(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 0.6))
+
+    def guide_of_another_name(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("code", dist.Normal(self.encoder(x), 0.6).to_event(1))
+
+    def model_of_a_subsample(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x[index])
+
+    def guide_of_a_subsample(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            pyro.sample("z", dist.Normal(self.encoder(x[index]), 0.6).to_event(1))
+
+    def model_that_observes_nothing(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1))
+
+    def autoguide(self) -> AutoNormal:
+        guide = AutoNormal(self.model)
+        guide(X[:5])
+        return guide
+
+    def point_guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x), event_dim=1))
+
+
+WRONG: dict[str, tuple[Callable[[Parts], pv.Program], object, str]] = {
+    "no plate": (lambda p: pv.Program(p.model_without_plate, p.guide), X, "lies outside every plate"),
+    "to_event": (lambda p: pv.Program(p.model, p.guide_without_to_event), X, r"add .to_event\(1\)"),
+    "names": (lambda p: pv.Program(p.model, p.guide_of_another_name), X, "'z' .* is not in the guide"),
+    "subsample": (lambda p: pv.Program(p.model_of_a_subsample, p.guide_of_a_subsample), X, "a subsampled plate"),
+    "nothing observed": (lambda p: pv.Program(p.model_that_observes_nothing, p.guide), X, "observes nothing"),
+    "columns": (lambda p: pv.Program(p.model, p.guide), X[:, :3], "cannot be run on 3 rows of x, shape"),
+    "precision": (lambda p: pv.Program(p.model, p.guide), X.double(), "x has dtype torch.float64, the parameters"),
+    "tuple": (lambda p: pv.Program(p.model, p.guide), (X, X), r"cannot be called with the 2 tensor\(s\) of x"),
+    "autoguide": (lambda p: pv.Program(p.model, p.autoguide()), X, "an AutoNormal, whose parameters belong to the rows"),
+    "no density": (lambda p: pv.Program(p.model, p.point_guide), X, "is a Delta, which has no density"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_program_is_told_the_same_as_by_check(kind: str) -> None:
+    make, x, message = WRONG[kind]
+    told = []
+    for use in (pv.check, pv.log_evidence):
+        with pytest.raises(ValueError, match=message) as refusal:
+            use(make(Parts()), x)  # type: ignore[arg-type]
+        told.append(str(refusal.value))
+    assert told[0] == told[1]
+
+
+def test_bad_rows_at_the_beginning_are_not_taken_for_a_bad_program() -> None:
+    """The guide takes a logarithm: it cannot be run on what lies outside the support, nor on NaN."""
+    x = 0.1 + X.abs()[:, 0]
+    x[0], x[1], x[2], x[5] = torch.nan, -1.0, -2.0, -0.5
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.LogNormal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x.log(), 0.5**0.5))
+
+    estimate = pv.log_evidence(pv.Program(model, guide), x, num_particles=10)
+    good = [3, 4, 6, 7, 8]
+    exact = dist.LogNormal(0.0, 2.0**0.5).log_prob(x[good]).double()  # and the guide is the posterior
+    torch.testing.assert_close(estimate.log_p[good], exact, rtol=1e-5, atol=1e-5)
+    assert estimate.log_p[0].isnan()
+    assert estimate.log_p[[1, 2, 5]].tolist() == [-torch.inf] * 3
+    for bad in (x[[1, 2, 5]], x[:1]):
+        assert not torch.isfinite(pv.log_evidence(pv.Program(model, guide), bad, num_particles=10).log_p).any()
+
+
+def test_a_program_that_cannot_be_run_at_all_is_refused_behind_bad_rows() -> None:
+    parts = Parts()
+    x = X[:, :3].clone()
+    x[:4] = torch.nan
+    with pytest.raises(ValueError, match=r"The guide cannot be run on 3 rows of x, shape \(3, 3\)"):
+        pv.log_evidence(pv.Program(parts.model, parts.guide), x)
+
+
+def test_a_partial_method_without_particles_is_named(known: LinearGaussian) -> None:
+    method = functools.partial(pv.evidence.exact)
+    with pytest.raises(ValueError, match="num_particles=7: the method exact draws no particles, leave it out"):
+        pv.log_evidence(known.program(), known.draw(2), method=method, num_particles=7)
+
+    class Method:
+        def __call__(self, program: pv.Program, x: object, *, seed: object) -> None: ...
+
+    with pytest.raises(ValueError, match="the method Method draws no particles"):
+        pv.log_evidence(known.program(), known.draw(2), method=Method(), num_particles=7)  # type: ignore[arg-type]

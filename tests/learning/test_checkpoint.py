@@ -155,11 +155,11 @@ def test_other_settings_are_named_with_both_values() -> None:
     assert "seed" not in str(told.value)
 
 
-def test_require_finite_names_the_first_broken_tensor() -> None:
+def test_first_not_finite_names_the_first_broken_tensor() -> None:
     fine = {"a": torch.ones(2), "count": torch.tensor([2**40])}
-    assert checkpoint.require_finite(fine) is None
+    assert checkpoint.first_not_finite(fine) is None
     broken = {"b": torch.tensor([1.0, float("inf")]), "c": torch.tensor(float("nan"))}
-    assert checkpoint.require_finite(fine | broken) == "b"
+    assert checkpoint.first_not_finite(fine | broken) == "b"
 
 
 class Plain:

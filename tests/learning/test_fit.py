@@ -604,12 +604,12 @@ class Late(torch.optim.SGD):
 
 
 def test_nan_in_a_data_set_is_found_at_its_batch() -> None:
-    x = rows(1200)
-    x[1100, 1] = float("nan")  # beyond the rows that are looked at before
-    with pytest.raises(FloatingPointError, match=r"Epoch 1, batch \d: not finite at site .*x in \[.*1 of 800 not finite"):
+    x = rows(3000)
+    x[4, 1] = float("nan")  # not among the 1,024 evenly spread rows that are looked at before
+    with pytest.raises(FloatingPointError, match=r"Epoch 1, batch \d+: not finite at site .*x in \[.*1 of 800 not finite"):
         pv.fit(make_vae(), Items(x), epochs=1, batch_size=200)
-    with pytest.raises(ValueError, match="NaN or infinite values in 1 of 300 rows, first in row 100"):
-        pv.fit(make_vae(), Items(torch.cat([x[1000:], x[:100]])), epochs=1)
+    with pytest.raises(ValueError, match="NaN or infinite values in 1 of 300 rows, first in row 103"):
+        pv.fit(make_vae(), Items(torch.cat([x[1000:1099], x[:201]])), epochs=1)
 
 
 # Refusals: before any work, in one sentence with the value and the mend
@@ -644,7 +644,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"Rows of train have shapes \(\(4,\),\), rows of valid \(\(3,\),\): they must",
     ),
     "one number": ({"train": torch.tensor(1.0)}, r"train is a single number, not rows: give"),
-    "tuple": ({"train": (GOOD, GOOD)}, r"models one tensor of rows, x is a tuple of 2: give the first alone"),
+    "tuple": ({"train": (GOOD, GOOD)}, r"models one tensor of rows, but was given a tuple of 2: give the first alone"),
     "integers": ({"train": GOOD.long()}, r"train has dtype torch.int64: .* give train.float\(\)"),
     "half": ({"train": GOOD.half()}, r"train has dtype torch.float16, too coarse .* give train.float\(\)"),
     "bfloat": ({"train": GOOD.bfloat16()}, r"train has dtype torch.bfloat16, too coarse .* give train.float\(\)"),

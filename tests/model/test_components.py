@@ -13,7 +13,7 @@ from model.components import (
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.model.component import Component, describe, rebuild
+from pyro_vae.model.component import Component, ForeignError, describe, rebuild
 
 
 @pytest.mark.parametrize("dim", LATENT_DIMS)
@@ -174,7 +174,7 @@ def test_components_are_independent_after_a_deep_copy_and_know_what_is_foreign()
             return {}
 
     assert describe(Mine()) == {"foreign": "Mine"}
-    with pytest.raises(LookupError, match="Mine"):
+    with pytest.raises(ForeignError, match="Mine"):
         rebuild(describe(Mine()))
     with pytest.raises(ValueError, match="no component"):
         rebuild({"component": "nets.Nothing", "settings": {}})

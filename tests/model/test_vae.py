@@ -167,7 +167,7 @@ def test_parts_that_disagree_are_both_named() -> None:
         (lambda x: x.half(), "dtype torch.float16, too coarse"),
         (lambda x: x.double(), "dtype torch.float64, the parameters torch.float32"),
         (lambda x: x.to("meta"), "x is on meta, the parameters on cpu"),
-        (lambda x: (x, x), "models one tensor of rows, x is a tuple of 2"),
+        (lambda x: (x, x), "models one tensor of rows, but was given a tuple of 2"),
         (lambda x: x + 0.25, "Bernoulli takes 0 and 1 alone"),
     ],
 )
