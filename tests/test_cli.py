@@ -221,7 +221,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unwritable": (["fit", "digits", "--out", "FILE/deeper"], r"a-file"),
     "out is a file": (["fit", "digits", "--out", "FILE"], r"Directory '.*a-file' is a file"),
     "no run": (["evaluate", "OUT"], r"holds no run: there is no run\.json in it\. Begin with `pyro-vae fit`"),
-    "method": (["evaluate", "RUN", "--method", "magic"], r"'magic' is not one of 'guide', 'prior', 'exact'"),
+    "method": (["evaluate", "RUN", "--method", "magic"], r"'magic' is not one of 'guide', 'laplace', 'prior', 'exact'"),
     "particles 0": (["evaluate", "RUN", "--particles", "0"], r"'--particles': 0 is not in the range x>=1"),
     "particles": (["evaluate", "RUN", "--particles", "-5"], r"'--particles': -5 is not"),
     "rows": (["evaluate", "RUN", "--rows", "0"], r"'--rows': 0 is not in the range x>=1"),
