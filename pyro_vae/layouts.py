@@ -11,16 +11,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import pyro
 import torch
 from torch import Tensor
 
 from pyro_vae.rows import Rows, positive
-
-if TYPE_CHECKING:
-    from pyro_vae.log_joint import Slots
 
 COPIED = 2**24
 """Draws that need copies of the rows are made in pieces of at most this many copied numbers, or of one particle."""
@@ -38,15 +35,6 @@ class Layout(enum.Enum):
     BATCHED = "a left-most batch dimension"
     TILED = "K copies of the rows"
     LOOPED = "one run a particle"
-
-
-class Layouts(NamedTuple):
-    """How particles go through a program's model, guide and prior (the model up to its latents); where latents lie in u."""
-
-    model: Layout
-    guide: Layout
-    prior: Layout
-    slots: Slots
 
 
 class Densities(Protocol):

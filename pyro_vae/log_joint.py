@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae.layouts import Run, Values
+from pyro_vae.layouts import Layout, Run, Values
 from pyro_vae.sites import Sites
 
 Place = Callable[[str, Any], tuple[Tensor, Tensor | float]]
@@ -32,6 +32,15 @@ class Slot:
 
 
 Slots = dict[str, Slot]
+
+
+class Layouts(NamedTuple):
+    """How particles go through a program's model, guide and prior (the model up to its latents); where latents lie in u."""
+
+    model: Layout
+    guide: Layout
+    prior: Layout
+    slots: Slots
 
 
 def make_slots(latents: Sites) -> Slots:

@@ -25,8 +25,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae.layouts import KEPT, Layout, Layouts, PyroCallable, Run, Values, draw, find_layout, run
-from pyro_vae.log_joint import LogJoint, Place, make_slots, place_values
+from pyro_vae.layouts import KEPT, Layout, PyroCallable, Run, Values, draw, find_layout, run
+from pyro_vae.log_joint import Layouts, LogJoint, Place, make_slots, place_values
 from pyro_vae.parameters import evaluating, find_modules, judging, name_leaves, require_place, versions
 from pyro_vae.rows import Data, Rows, as_rows, finite_rows, probe, replace, take
 from pyro_vae.seeds import Seed, seeded
