@@ -141,7 +141,9 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
 
 @app.command()
 @click.argument("run", type=FOLDER)
-@click.option("--method", type=click.Choice(["guide", "laplace", "prior", "exact"]), default="guide", help="How.")
+@click.option(
+    "--method", type=click.Choice(["guide", "laplace", "annealed", "prior", "exact"]), default="guide", help="How."
+)
 @click.option("--particles", type=COUNT, help="Particles a row; by default the method's own number.")
 @click.option("--seed", default=0, help="Of the draws.")
 @click.option("--rows", type=COUNT, help="Only the first so many held-out rows.")
@@ -164,6 +166,7 @@ def evaluate(*, run: Path, method: str, particles: int | None, seed: int, rows: 
     methods: dict[str, Any] = {
         "guide": posterior.from_guide,
         "laplace": posterior.laplace,
+        "annealed": posterior.annealed,
         "prior": posterior.from_prior,
         "exact": evidence.exact,
     }

@@ -82,6 +82,10 @@ class LogJoint:
         run = self._densities({"u": self._checked(u)}, self._place_unconstrained)
         return run.latent + run.observed
 
+    def prior(self, u: Tensor) -> Tensor:
+        """log p(z(u)) + log |det dz/du|, the prior alone: (K, N, D) -> (K, N), float64; the decoder is not run."""
+        return self._densities({"u": self._checked(u)}, self._place_unconstrained, frozenset(self._slots)).latent
+
     def of_sites(self, z: Values) -> Tensor:
         """log p(x, z) of named latents (K, N, *event_shape) in their own support, no Jacobian: (K, N), float64."""
         run = self._densities(z, place_values)

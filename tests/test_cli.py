@@ -144,9 +144,11 @@ def test_evaluate_is_the_librarys_answer_on_the_held_out_rows(fitted: Path, caps
     assert rows["log_p"].tolist() == pytest.approx(estimate.log_p.tolist(), rel=1e-6)
 
 
-def test_the_prior_as_a_method(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("evaluate", fitted, "--method", "prior", "--particles", "30", "--rows", "4", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["method"] == "prior"
+@pytest.mark.parametrize("method", ["prior", "laplace", "annealed"])
+def test_the_other_methods(method: str, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", fitted, "--method", method, "--particles", "30", "--rows", "4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["method"] == method
+    assert set(pd.read_csv(fitted / "evidence.csv")["engine"]) == {method}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])
@@ -221,7 +223,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unwritable": (["fit", "digits", "--out", "FILE/deeper"], r"a-file"),
     "out is a file": (["fit", "digits", "--out", "FILE"], r"Directory '.*a-file' is a file"),
     "no run": (["evaluate", "OUT"], r"holds no run: there is no run\.json in it\. Begin with `pyro-vae fit`"),
-    "method": (["evaluate", "RUN", "--method", "magic"], r"'magic' is not one of 'guide', 'laplace', 'prior', 'exact'"),
+    "method": (
+        ["evaluate", "RUN", "--method", "magic"],
+        r"'magic' is not one of 'guide', 'laplace', 'annealed', 'prior', 'exact'",
+    ),
     "particles 0": (["evaluate", "RUN", "--particles", "0"], r"'--particles': 0 is not in the range x>=1"),
     "particles": (["evaluate", "RUN", "--particles", "-5"], r"'--particles': -5 is not"),
     "rows": (["evaluate", "RUN", "--rows", "0"], r"'--rows': 0 is not in the range x>=1"),

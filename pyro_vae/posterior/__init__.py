@@ -4,8 +4,9 @@ An engine is a function ``engine(program, x, *, num_particles, seed, memory) -> 
 ``mean(exp(log_weights))`` an unbiased estimate of p(x), row by row.
 """
 
+from pyro_vae.posterior.annealing import annealed, at_modes, at_prior
 from pyro_vae.posterior.mixture import laplace
 from pyro_vae.posterior.particles import Particles
 from pyro_vae.posterior.proposals import from_guide, from_prior
 
-__all__ = ["Particles", "from_guide", "from_prior", "laplace"]
+__all__ = ["Particles", "annealed", "at_modes", "at_prior", "from_guide", "from_prior", "laplace"]

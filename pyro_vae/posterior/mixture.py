@@ -75,12 +75,21 @@ class Mixture:
         most = len(self.mean)
         return (self.counts[:most] + self.counts[most:] > 0).sum(0)
 
-    def draw(self, num_draws: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Draws (K, N, D) in `dtype`, and the component each came from, (K, N)."""
-        most, num_rows, dim = self.mean.shape
+    def draw_strata(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As many draws (K, N, D) of each component as its count says, in `dtype`, and their components, (K, N)."""
         ends = self.counts.cumsum(0)
-        slot = torch.arange(num_draws, device=ends.device)[:, None, None]
+        slot = torch.arange(int(ends[-1, 0]), device=ends.device)[:, None, None]
         component = (slot >= ends).sum(1)
+        return self._draw(component, dtype), component
+
+    def draw_independent(self, num_draws: int, dtype: torch.dtype) -> Tensor:
+        """Draws (K, N, D) in `dtype`, each of a component chosen by chance in proportion to its count."""
+        component = torch.multinomial(self.counts.T.double(), num_draws, replacement=True).T
+        return self._draw(component, dtype)
+
+    def _draw(self, component: Tensor, dtype: torch.dtype) -> Tensor:
+        most, num_rows, dim = self.mean.shape
+        num_draws = len(component)
         noise = torch.randn(num_draws, num_rows, dim, dtype=self.mean.dtype, device=self.mean.device)
         chi = torch.distributions.Chi2(torch.tensor(FREEDOM, dtype=noise.dtype, device=noise.device))
         stretch = WIDTH * torch.rsqrt(chi.sample((num_draws, num_rows)) / FREEDOM)
@@ -91,7 +100,11 @@ class Mixture:
             away = torch.linalg.solve_triangular(self.factor[m, rows].mT, noise[:, rows].permute(1, 2, 0), upper=True)
             mine = (component[:, rows] % most == m)[..., None]
             u[:, rows] = torch.where(mine, self.mean[m, rows] + away.permute(2, 0, 1), u[:, rows])
-        return u.to(dtype), component
+        return u.to(dtype)
+
+    def rows(self, part: slice) -> Mixture:
+        """The mixture of some of the rows."""
+        return Mixture(self.mean[:, part], self.factor[:, part], self.counts[:, part])
 
     def log_density(self, u: Tensor) -> Tensor:
         """log of the mixture with weights K_c / K at u (K, N, D): (K, N), float64."""
@@ -142,10 +155,8 @@ def laplace(
     rows = as_rows(x)
     with seeded(seed, rows[0].device):
         log_joint = program.log_joint(rows)
-        starts = _starts(program, rows, log_joint, num_starts)
-        modes = find_modes(program, rows, starts, memory)
-        mixture = Mixture.at(modes, starts, num_particles)
-        u, component = mixture.draw(num_particles, rows[0].dtype)
+        mixture = mixture_of(program, rows, log_joint, num_starts, num_particles, memory)
+        u, component = mixture.draw_strata(rows[0].dtype)
         log_p = in_chunks(program, rows, {"u": u}, _at_u, memory)
         z = log_joint.unflatten(u)
     log_q = mixture.log_density(u)
@@ -156,6 +167,12 @@ def laplace(
         strata=component,
         info={"engine": "laplace", "evaluations": num_particles + EVALUATIONS * num_starts, "modes": mixture.modes_per_row},
     )
+
+
+def mixture_of(program: Program, rows: Rows, log_joint: LogJoint, num_starts: int, num_draws: int, memory: int) -> Mixture:
+    """The mixture at the modes that `num_starts` starts a row lead to, with `num_draws` draws allotted."""
+    starts = _starts(program, rows, log_joint, num_starts)
+    return Mixture.at(find_modes(program, rows, starts, memory), starts, num_draws)
 
 
 def _at_u(log_joint: LogJoint, values: Mapping[str, Tensor]) -> Tensor:

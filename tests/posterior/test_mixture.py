@@ -131,7 +131,7 @@ def test_draws_follow_their_density_in_fixed_numbers() -> None:
     factor = torch.linalg.cholesky(torch.tensor([[[2.0, 0.5], [0.5, 1.0]]] * 3, dtype=torch.float64))
     modes = Modes(row, u, torch.tensor([0.0, -1.0, 0.0], dtype=torch.float64), factor)
     mixture = Mixture.at(modes, torch.zeros(1, 2, 2, dtype=torch.float64), 40_000)
-    draws, component = mixture.draw(40_000, torch.float64)
+    draws, component = mixture.draw_strata(torch.float64)
     for c in range(4):
         assert torch.equal((component == c).sum(0), mixture.counts[c])
     assert mixture.counts.sum(0).tolist() == [40_000, 40_000]
