@@ -21,7 +21,7 @@ MINIMUM_ESS = 10.0
 """Below this many effective particles neither the estimate nor its error means anything."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """log p(x) of N rows, in nats. All tensors are (N,), float64 where not said otherwise.
 
@@ -148,7 +148,7 @@ class Estimate:
         frame.insert(0, "row", range(len(self)))
         return frame.assign(engine=self.engine, reliable=self.reliable.cpu().numpy(), reason=self.reasons)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Value, errors, diagnostics and, where there is one, the warning."""
         reliable = int(self.reliable.sum())
         lines = [

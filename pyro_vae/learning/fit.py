@@ -71,7 +71,7 @@ def fit(
             before they end the run.
         log_dir: folder for TensorBoard scalars.
         callbacks: called after each epoch as `callback(epoch, history)`; one that returns True stops the run.
-        progress: show a bar; None shows it on terminals and in notebooks.
+        progress: show a bar; None shows it on terminals and in notebooks that have ipywidgets.
 
     Returns:
         the history; `history.elbo` is the true ELBO (beta = 1) of a mean row in nats, whatever the objective.

@@ -13,7 +13,7 @@ BLUE, VERMILION = "#0072B2", "#D55E00"
 """Of Okabe & Ito (2008): colour-blind readers can tell them apart."""
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """One entry an epoch in each list; every figure is the mean of a row, in nats.
 
@@ -39,7 +39,7 @@ class History:
         """Number of epochs."""
         return len(self.epoch)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The last epoch in a line."""
         if not self.epoch:
             return "History: no epoch yet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ class Display:
 
     def __init__(self, total: int, *, show: bool | None) -> None:
         console = Console(stderr=True)
-        visible = (console.is_terminal or console.is_jupyter) if show is None else show
+        # In a notebook rich draws with ipywidgets, and warns at each step where that is missing.
+        notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+        visible = ((console.is_terminal and not console.is_jupyter) or notebook) if show is None else show
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -17,7 +17,7 @@ from pyro_vae.rows import positive
 from pyro_vae.seeds import Seed, seeded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Particles:
     """K weighted particles for each of N rows.
 
@@ -41,6 +41,12 @@ class Particles:
         for name, value in self.z.items():
             if value.shape[:2] != shape:
                 raise ValueError(f"z[{name!r}] has shape {tuple(value.shape)}, log_weights {tuple(shape)}.")
+
+    def __repr__(self) -> str:
+        """Engine, sizes and latents."""
+        count, rows = self.log_weights.shape
+        latents = ", ".join(f"{name} {tuple(value.shape[2:])}" for name, value in self.z.items())
+        return f"Particles({self.info.get('engine', '?')}: {count} for each of {rows} rows; {latents})"
 
     def resample(self, num_draws: int, seed: Seed = 0) -> dict[str, Tensor]:
         """Approximate posterior draws, by multinomial resampling in proportion to the weights.

@@ -60,6 +60,7 @@ def test_table_has_a_line_a_row_and_str_is_short() -> None:
     assert promised <= set(frame.columns)
     assert (frame["log_p"].to_numpy() == estimate.log_p.numpy()).all()
     assert len(str(estimate).splitlines()) <= 8
+    assert repr(estimate) == str(estimate)
 
 
 def test_cat_and_rows_keep_the_order() -> None:

@@ -34,6 +34,7 @@ def test_shapes_info_and_seeds(name: str) -> None:
     assert a.log_weights.dtype == torch.float64
     assert a.z["z"].shape == (7, 4, 3)
     assert a.info["engine"] == name
+    assert repr(a) == f"Particles({name}: 7 for each of 4 rows; z (3,))"
     assert torch.equal(a.log_weights, b.log_weights)
     assert not torch.equal(a.log_weights, c.log_weights)
     with pytest.raises(ValueError, match="num_particles=0"):
