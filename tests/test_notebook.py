@@ -7,7 +7,8 @@ import nbformat
 
 CELLS = [
     # Pyro itself warns here of missing ipywidgets; the cells below are ours.
-    "%matplotlib inline\nimport pyro, torch, pyro_vae as pv\ntorch.manual_seed(0); torch.set_num_threads(1)\nx = torch.randn(60, 3)",
+    "%matplotlib inline\nimport pyro, torch, pyro_vae as pv\n"
+    "torch.manual_seed(0); torch.set_num_threads(1)\nx = torch.randn(60, 3)",
     "vae = pv.VAE(prior=pv.priors.StandardNormal(1), likelihood=pv.likelihoods.Normal(pv.nets.MLP(1, 3), scale=1.0),\n"
     "             guide=pv.guides.DiagonalNormal(pv.nets.MLP(3, hidden=4), latent_dim=1))\npv.check(vae, x)",
     "history = pv.fit(vae, x, epochs=3)\nhistory",
