@@ -144,7 +144,9 @@ def test_draws_follow_their_density_in_fixed_numbers() -> None:
 
 def test_allotted_numbers_are_whole_and_nearest() -> None:
     share = torch.tensor([[0.5, 0.1], [0.3, 0.1], [0.2, 0.8]], dtype=torch.float64)
-    assert _allot(share, 7).T.tolist() == [[4, 2, 1], [1, 1, 5]] or _allot(share, 7).sum(0).tolist() == [7, 7]
+    # 7 x (0.5, 0.3, 0.2) = (3.5, 2.1, 1.4): whole parts 3, 2, 1, and the one left goes to the largest remainder.
+    assert _allot(share, 7).T.tolist()[0] == [4, 2, 1]
+    assert _allot(share, 7).sum(0).tolist() == [7, 7]
     assert _allot(share, 10).T.tolist() == [[5, 3, 2], [1, 1, 8]]
 
 
