@@ -33,7 +33,7 @@ class Estimate:
         pareto_k: k-hat of the weights, see `weights.pareto_k`; NaN where there are none.
         lower: at most log p(x) in expectation; NaN where there is no such bound.
         upper: at least log p(x) in expectation; NaN where there is no such bound.
-        evaluations: decoder runs spent on the row, integer.
+        evaluations: decoder runs spent on the row as the engine counts them, integer; Newton's are not counted.
         engine: what answered.
         reasons: N texts, why a row is not reliable; empty where it is.
     """
