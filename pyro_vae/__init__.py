@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "data": "pyro_vae.data",
+    "diagnostics": "pyro_vae.report.diagnostics",
     "evidence": "pyro_vae.evidence",
     "guides": "pyro_vae.model.guides",
     "likelihoods": "pyro_vae.model.likelihoods",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from pyro_vae.posterior.particles import Particles as Particles
     from pyro_vae.program import Program as Program
     from pyro_vae.program import check as check
+    from pyro_vae.report import diagnostics as diagnostics
     from pyro_vae.report import plots as plots
 
 

@@ -83,6 +83,18 @@ def in_chunks(
     return out
 
 
+def gradient_rows(program: Program, rows: Rows, u: Tensor, budget: int) -> int:
+    """How many rows of u (K, N, D) a gradient of the log joint takes at a time, at least one."""
+    each, _ = bytes_needed(program, rows, {"u": u}, at_u)
+    # The backward pass keeps what the density allocated and makes as much again.
+    return max(1, min(budget // 3, CACHE) // (each * len(u)))
+
+
+def at_u(log_joint: LogJoint, values: Values) -> Tensor:
+    """The log joint at values["u"], a `density` for `in_chunks`."""
+    return log_joint(values["u"])
+
+
 def bytes_needed(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]) -> tuple[int, int]:
     """Bytes of one particle of one row, and those that any number of them share, from small runs of 4 and of 2 rows."""
 

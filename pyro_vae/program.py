@@ -126,10 +126,7 @@ def _is_row_site(msg: Any) -> bool:
 
 
 def record(
-    function: PyroCallable,
-    rows: Rows,
-    values: Mapping[str, Tensor] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    function: PyroCallable, rows: Rows, values: Mapping[str, Tensor] | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> dict[str, Site]:
     """The sample sites of one run of `function`, latents at `values` where given; gradients flow, as objectives need."""
     with _Recorder(values) as recorder:
@@ -264,7 +261,16 @@ class Program:
     def log_joint(self, x: Data) -> LogJoint:
         """log p(x, z) per row as a function of one unconstrained vector, (K, N, D) -> (K, N)."""
         rows = as_rows(x)
-        layouts, modules = self.layout(rows), self.modules_found()
+        return self._density(self.model, rows, self.layout(rows).model, self.layout(rows).prior)
+
+    def guide_density(self, x: Data) -> LogJoint:
+        """log q(z | x) in the same form: of one unconstrained vector, or of named latents by `of_sites`."""
+        rows = as_rows(x)
+        return self._density(self.guide, rows, self.layout(rows).guide, self.layout(rows).guide)
+
+    def _density(self, function: PyroCallable, rows: Rows, whole: Layout, latents: Layout) -> LogJoint:
+        """The density of a model or guide, in the layouts that serve it as a whole and up to its latents."""
+        slots, modules = self.layout(rows).slots, self.modules_found()
 
         def densities(
             particles: Mapping[str, Tensor], place_from: Callable[[Values], Place], until: frozenset[str] = frozenset()
@@ -272,12 +278,12 @@ class Program:
             def handler(part: Values) -> _Densities:
                 return _Densities(place_from(part), latents=until)
 
-            num_particles, layout = len(next(iter(particles.values()))), layouts.prior if until else layouts.model
+            num_particles, layout = len(next(iter(particles.values()))), latents if until else whole
             # Nothing is drawn but indices of a plate and what the store lacks: the same each time, by seed.
             with seeded(0, rows[0].device), judging(modules):
-                return run(self.model, rows, num_particles, layout, handler, particles)
+                return run(function, rows, num_particles, layout, handler, particles)
 
-        return LogJoint(densities, layouts.slots, len(rows[0]))
+        return LogJoint(densities, slots, len(rows[0]))
 
     def log_weights(self, x: Data, num_particles: int, seed: Seed = 0) -> tuple[Tensor, Values]:
         """log p(x, z) - log q(z | x) for K draws of the guide, (K, N) float64, and the draws."""

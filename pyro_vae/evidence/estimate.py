@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 MINIMUM_ESS = 10.0
 """Below this many effective particles neither the estimate nor its error means anything."""
 
+TENSORS = ("log_p", "standard_error", "bias", "ess", "pareto_k", "lower", "upper", "evaluations")
+TEXTS = ("engine", "reasons")
+"""Fields of an `Estimate`, each with N entries."""
+
 
 @dataclass(frozen=True, repr=False)
 class Estimate:
@@ -33,8 +37,8 @@ class Estimate:
         pareto_k: k-hat of the weights, see `weights.pareto_k`; NaN where there are none.
         lower: at most log p(x) in expectation; NaN where there is no such bound.
         upper: at least log p(x) in expectation; NaN where there is no such bound.
-        evaluations: decoder runs spent on the row as the engine counts them, integer; Newton's are not counted.
-        engine: what answered.
+        evaluations: what the row cost: passes through the decoder, forwards or backwards, for one particle; integer.
+        engine: what answered, N texts.
         reasons: N texts, why a row is not reliable; empty where it is.
     """
 
@@ -46,7 +50,7 @@ class Estimate:
     lower: Tensor
     upper: Tensor
     evaluations: Tensor
-    engine: str
+    engine: tuple[str, ...]
     reasons: tuple[str, ...]
 
     @classmethod
@@ -62,6 +66,9 @@ class Estimate:
         flat = clean.amax(0) - clean.amin(0) <= 100.0 * particles.rounding
         k = torch.where(flat & ~k.isnan(), -torch.inf, k)
         error = torch.hypot(weights.standard_error(clean, particles.strata), particles.rounding)
+        count = len(log_p)
+        doubts = particles.info.get("doubts", ("",) * count)
+        told = _judge(broken.sum(0), ess, k, len(log_weights))
         return cls(
             log_p=log_p,
             standard_error=torch.where(error.isnan(), torch.inf, error),
@@ -70,9 +77,9 @@ class Estimate:
             pareto_k=k,
             lower=log_p,
             upper=torch.full_like(log_p, torch.nan),
-            evaluations=torch.full_like(log_p, particles.info.get("evaluations", 0)).long(),
-            engine=str(particles.info.get("engine", "particles")),
-            reasons=_judge(broken.sum(0), ess, k, len(log_weights)),
+            evaluations=(torch.zeros_like(log_p) + particles.info.get("evaluations", 0)).long(),
+            engine=(str(particles.info.get("engine", "particles")),) * count,
+            reasons=tuple(own or doubt for own, doubt in zip(told, doubts, strict=True)),
         )
 
     @classmethod
@@ -88,22 +95,38 @@ class Estimate:
             lower=log_p,
             upper=log_p,
             evaluations=torch.full_like(log_p, evaluations).long(),
-            engine=engine,
+            engine=(engine,) * len(log_p),
             reasons=("",) * len(log_p),
         )
 
     @classmethod
     def cat(cls, parts: Sequence[Estimate]) -> Estimate:
         """One estimate of all rows of `parts`, in order."""
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        tensors = {name: torch.cat(column) for name, column in columns.items() if name not in ("engine", "reasons")}
-        reasons = tuple(reason for part in parts for reason in part.reasons)
-        return cls(**tensors, engine=parts[0].engine, reasons=reasons)
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
+        texts = {name: tuple(text for part in parts for text in getattr(part, name)) for name in TEXTS}
+        return cls(**tensors, **texts)
 
     def rows(self, count: int) -> Estimate:
         """The first `count` rows."""
-        tensors = {f.name: getattr(self, f.name)[:count] for f in fields(self) if f.name not in ("engine", "reasons")}
-        return Estimate(**tensors, engine=self.engine, reasons=self.reasons[:count])
+        return Estimate(**{f.name: getattr(self, f.name)[:count] for f in fields(self)})
+
+    def take(self, index: Tensor) -> Estimate:
+        """The rows at `index`."""
+        texts = {name: tuple(getattr(self, name)[i] for i in index.tolist()) for name in TEXTS}
+        return Estimate(**{name: getattr(self, name)[index] for name in TENSORS}, **texts)
+
+    def put(self, index: Tensor, other: Estimate) -> Estimate:
+        """This estimate with the rows at `index` from `other`, in its order."""
+        where = {row: i for i, row in enumerate(index.tolist())}
+        texts = {
+            name: tuple(getattr(other, name)[where[i]] if i in where else text for i, text in enumerate(getattr(self, name)))
+            for name in TEXTS
+        }
+        return Estimate(**{name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in TENSORS}, **texts)
+
+    def doubted(self, reasons: Sequence[str]) -> Estimate:
+        """The same, with N more reasons: each counts where the row has none yet and the text is not empty."""
+        return replace(self, reasons=tuple(own or new for own, new in zip(self.reasons, reasons, strict=True)))
 
     def __len__(self) -> int:
         """N."""
@@ -151,8 +174,10 @@ class Estimate:
     def __repr__(self) -> str:
         """Value, errors, diagnostics and, where there is one, the warning."""
         reliable = int(self.reliable.sum())
+        counts = Counter(self.engine)
+        engines = ", ".join(name if len(counts) == 1 else f"{count} by {name}" for name, count in counts.items())
         lines = [
-            f"log p(x) = {self.mean:.4f} nats a row ({self.engine}, {len(self)} rows)",
+            f"log p(x) = {self.mean:.4f} nats a row ({engines}, {len(self)} rows)",
             f"  Monte Carlo error {self.mean_standard_error:.2g}, data error {self.data_standard_error:.2g}, "
             f"mean bias {float(self.bias.mean()):.2g}",
         ]

@@ -65,6 +65,18 @@ def bias(log_weights: Tensor, strata: Tensor | None = None) -> Tensor:
     return -0.5 * relative_variance(log_weights, strata)
 
 
+def halves(log_weights: Tensor, strata: Tensor | None = None) -> Tensor:
+    """How far apart the estimates of two independent halves of the draws are, in their standard errors: (K, N) -> (N,).
+
+    Every other draw goes to one half, so that strata, which follow one another, are halved as well. 0 where both halves
+    agree that there is no weight, infinite where one does.
+    """
+    parts = [(log_weights[i::2], strata[i::2] if strata is not None else None) for i in (0, 1)]
+    (first, first_error), (second, second_error) = ((log_mean_exp(w), standard_error(w, s)) for w, s in parts)
+    distance = torch.nan_to_num((first - second).abs(), nan=0.0) / torch.hypot(first_error, second_error)
+    return torch.nan_to_num(distance, nan=0.0)
+
+
 def ess(log_weights: Tensor) -> Tensor:
     """Effective sample size (sum w)^2 / sum w^2: (K, N) -> (N,), between 1 and K; 0 where all weights are 0."""
     weights = _relative(log_weights)

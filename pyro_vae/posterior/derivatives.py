@@ -1,7 +1,8 @@
-"""Gradient and Hessian of a log joint, for all rows and particles at once.
+"""Derivatives of a log joint, for all rows and particles at once.
 
-Rows and particles do not touch each other, so the gradient of the sum is every point's own gradient, and column j of all
-Hessians comes from one more backward pass: D passes whatever the number of points.
+Rows and particles do not touch each other, so the gradient of the sum is every point's own gradient, and one more backward
+pass through the gradient's graph multiplies every point's own Hessian by a vector: D passes give all Hessians, whatever the
+number of points.
 """
 
 from __future__ import annotations
@@ -12,27 +13,53 @@ from torch import Tensor
 from pyro_vae.log_joint import LogJoint
 
 
-def derivatives(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient and Hessian of the log joint at u.
+class Local:
+    """The log joint around points u (K, N, D), as far as its second derivatives.
 
-    Args:
-        log_joint: of N rows.
-        u: (K, N, D).
-
-    Returns:
-        value (K, N), gradient (K, N, D) and Hessian (K, N, D, D), all float64; no graph is kept.
+    Attributes:
+        value: (K, N), float64, in nats.
+        gradient: (K, N, D), float64.
     """
+
+    def __init__(self, log_joint: LogJoint, u: Tensor) -> None:
+        with torch.enable_grad():
+            self._point = u.detach().requires_grad_()
+            value = log_joint(self._point)
+            (self._gradient,) = torch.autograd.grad(value.sum(), self._point, create_graph=True)
+        self.value, self.gradient = value.detach(), self._gradient.detach().double()
+
+    def hessian_times(self, vectors: Tensor) -> Tensor:
+        """Each point's Hessian times its own vector, (K, N, D) -> (K, N, D), float64; one backward pass."""
+        # A log joint that is linear in u has a gradient without a graph: its Hessian is zero.
+        if not self._gradient.requires_grad:
+            return torch.zeros_like(self.gradient)
+        (product,) = torch.autograd.grad(
+            self._gradient, self._point, vectors.to(self._gradient.dtype), retain_graph=True, materialize_grads=True
+        )
+        return product.double()
+
+    def hessian(self) -> Tensor:
+        """(K, N, D, D), float64, symmetric; D backward passes."""
+        columns = []
+        for j in range(self.gradient.shape[-1]):
+            unit = torch.zeros_like(self.gradient)
+            unit[..., j] = 1.0
+            columns.append(self.hessian_times(unit))
+        hessian = torch.stack(columns, dim=-1)
+        return 0.5 * (hessian + hessian.mT)
+
+
+def derivatives(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (K, N), gradient (K, N, D) and Hessian (K, N, D, D) of the log joint at u (K, N, D), float64; no graph is kept."""
+    local = Local(log_joint, u)
+    return local.value, local.gradient, local.hessian()
+
+
+def value_and_gradient(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The log joint at u (K, N, D) and its gradient: (K, N), float64, -inf where not a number; (K, N, D), 0 there."""
     with torch.enable_grad():
         point = u.detach().requires_grad_()
         value = log_joint(point)
-        (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=True)
-        columns = []
-        for j in range(u.shape[-1]):
-            # A log joint that is linear in u has a gradient without a graph: its Hessian is zero.
-            if gradient.requires_grad:
-                (column,) = torch.autograd.grad(gradient[..., j].sum(), point, retain_graph=True)
-            else:
-                column = torch.zeros_like(point)
-            columns.append(column)
-    hessian = torch.stack(columns, dim=-1).double()
-    return value.detach(), gradient.detach().double(), 0.5 * (hessian + hessian.mT)
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+    good = torch.isfinite(value) & torch.isfinite(gradient).all(-1)
+    return torch.where(good, value.detach(), -torch.inf), torch.where(good[..., None], gradient, 0.0)

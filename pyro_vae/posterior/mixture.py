@@ -1,188 +1,220 @@
-"""Importance sampling from a mixture of Gaussians at the posterior modes.
+"""A mixture of Gaussians and heavy tails at the posterior modes, as an importance distribution.
 
-Each mode m of a row, with P the negative Hessian there, gives two components: N(m, P^-1), which is the posterior where that
-is Gaussian, and a Student t of the same shape, wider and with heavy tails, which bounds the weights where it is not. Draws
-are allotted to the components in fixed numbers (strata) and weighted by the whole mixture, the balance heuristic of Veach &
-Guibas 1995: w = p(x, u) / sum_c (K_c / K) r_c(u). The mean weight is unbiased for p(x), whatever the modes; a mode that no
-start reached costs variance, and more than anyone can see if it lies far away.
+Each mode m of a row, with precision P there, gives four components of the same shape: N(m, P^-1), which is the posterior
+where that is Gaussian; two wider Gaussians, which cover what is a little wider or skewed; and a wide Student t, which bounds
+the weights where tails are heavy. Draws are allotted to the components in fixed numbers (strata) and weighted by the whole
+mixture, the balance heuristic of Veach & Guibas 1995: w = p(x, u) / sum_c (K_c / K) r_c(u). The shares of the components
+may be tuned on a pilot to the smallest variance of w, which is convex in them (He & Owen 2014, arXiv:1411.3954).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyro_vae.log_joint import LogJoint
-from pyro_vae.memory import BUDGET, in_chunks
-from pyro_vae.posterior.modes import EVALUATIONS, Modes, find_modes
-from pyro_vae.posterior.particles import Particles, rounding_error
-from pyro_vae.program import Program
-from pyro_vae.rows import Data, Rows, as_rows, positive
-from pyro_vae.seeds import Seed, seeded
+from pyro_vae.posterior.modes import Modes
+from pyro_vae.posterior.shapes import Shape
 
-DEFENSIVE = 0.05
-"""Share of the draws that go to the wide components."""
+SHALLOW = 10.0
+"""Modes with less than e^-10 of the mass of their row's best one get no draws."""
 
-WIDTH, FREEDOM = 1.4, 5.0
-"""Scale and degrees of freedom of the wide components."""
+SHARES = (0.55, 0.2, 0.2, 0.05)
+"""Of the components of a mode, before they are tuned."""
+
+KEPT_SHARE = 0.1
+"""How much of these shares tuning leaves, so that no component ever vanishes."""
+
+TUNING_ROUNDS = 15
+
+FREEDOM = 5.0
+"""Degrees of freedom of the Student t."""
+
+
+def widths(dim: int) -> tuple[float, ...]:
+    """Scales of the components in D dimensions. A Gaussian's radius is sqrt(D) to within a number of order 1."""
+    return 1.0, 1.0 + 0.4 / math.sqrt(dim), 1.0 + 1.25 / math.sqrt(dim), 1.4
+
+
+@dataclass(frozen=True)
+class Peak:
+    """One mode of each of n rows.
+
+    Attributes:
+        rows: which rows, (n,), integer.
+        mean: (n, D), float64.
+        shape: n precisions.
+        value: the log joint at the modes, (n,), in nats.
+        visits: starts that led there, (n,), integer.
+    """
+
+    rows: Tensor
+    mean: Tensor
+    shape: Shape
+    value: Tensor
+    visits: Tensor
+
+    def take(self, index: Tensor, rows: Tensor) -> Peak:
+        """The modes at `index`, said to be of `rows`."""
+        return Peak(rows, self.mean[index], self.shape.take(index), self.value[index], self.visits[index])
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Components at M modes of N rows; a row with fewer modes has zero counts for the rest.
+    """M peaks of C components each, for N rows; a row with fewer modes is missing from the last peaks.
 
     Attributes:
-        mean: (M, N, D), float64.
-        factor: Cholesky factors of the precisions, (M, N, D, D).
-        counts: draws for each component, (2 M, N), integer: first the Gaussians, then the wide ones.
+        peaks: the best mode of every row, then the second best of those that have one, and so on.
+        log_share: log of the components' shares, (M * C, N), peak by peak, float64; -inf where a row lacks the peak.
     """
 
-    mean: Tensor
-    factor: Tensor
-    counts: Tensor
+    peaks: tuple[Peak, ...]
+    log_share: Tensor
 
     @classmethod
-    def at(cls, modes: Modes, starts: Tensor, num_draws: int) -> Mixture:
-        """The mixture at `modes`, draws allotted by Laplace's masses, with a floor for each mode.
-
-        A row without a mode, because its density is nowhere finite, gets a unit component at its first start (S, N, D).
-        """
-        num_rows = starts.shape[1]
-        alone = torch.ones(num_rows, dtype=torch.bool, device=starts.device)
-        alone[modes.row] = False
-        modes = modes.and_at(alone.nonzero().flatten(), starts[0].double())
-        order = torch.argsort(modes.row, stable=True)
-        row = modes.row[order]
-        first = torch.searchsorted(row, torch.arange(num_rows, device=row.device))
-        rank = torch.arange(len(row), device=row.device) - first[row]
-        most, dim = int(rank.max()) + 1, modes.u.shape[-1]
-        mean = modes.u.new_zeros(most, num_rows, dim)
-        factor = torch.eye(dim, dtype=mean.dtype, device=mean.device).repeat(most, num_rows, 1, 1)
-        mass = mean.new_full((most, num_rows), -torch.inf)
-        mean[rank, row], factor[rank, row], mass[rank, row] = modes.u[order], modes.factor[order], modes.log_mass[order]
+    def at(cls, modes: Modes, num_rows: int) -> Mixture:
+        """The mixture at `modes`, ordered by row and mass as `find_modes` gives them; shares by Laplace's masses."""
+        first = torch.searchsorted(modes.row, torch.arange(num_rows, device=modes.row.device))
+        keep = (modes.log_mass > modes.log_mass[first[modes.row]] - SHALLOW).nonzero().flatten()
+        modes = modes.take(keep)
+        first = torch.searchsorted(modes.row, torch.arange(num_rows, device=modes.row.device))
+        rank = torch.arange(len(modes.row), device=modes.row.device) - first[modes.row]
+        mass = modes.u.new_full((int(rank.max()) + 1, num_rows), -torch.inf)
+        mass[rank, modes.row] = modes.log_mass
         present = mass > -torch.inf
         share = 0.9 * torch.softmax(mass, 0) + 0.1 * present / present.sum(0)
-        wide = max(1, round(DEFENSIVE * num_draws))
-        return cls(mean, factor, torch.cat([_allot(share, num_draws - wide), _allot(share, wide)]))
+        peaks = []
+        for m in range(len(mass)):
+            mine = (rank == m).nonzero().flatten()
+            peaks.append(Peak(modes.row[mine], modes.u[mine], modes.shape.take(mine), modes.value[mine], modes.visits[mine]))
+        each = torch.tensor(SHARES, dtype=share.dtype, device=share.device)
+        return cls(tuple(peaks), (share[:, None] * each[:, None]).flatten(0, 1).log())
 
     @property
     def modes_per_row(self) -> Tensor:
         """Number of modes of each row, (N,)."""
-        most = len(self.mean)
-        return (self.counts[:most] + self.counts[most:] > 0).sum(0)
+        return (self.log_share > -torch.inf).sum(0) // len(SHARES)
 
-    def draw_strata(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As many draws (K, N, D) of each component as its count says, in `dtype`, and their components, (K, N)."""
-        ends = self.counts.cumsum(0)
-        slot = torch.arange(int(ends[-1, 0]), device=ends.device)[:, None, None]
-        component = (slot >= ends).sum(1)
-        return self._draw(component, dtype), component
+    def take(self, index: Tensor) -> Mixture:
+        """The mixture of the rows at `index`, each at most once."""
+        place = torch.full((self.log_share.shape[1],), -1, device=index.device)
+        place[index] = torch.arange(len(index), device=index.device)
+        peaks = []
+        for peak in self.peaks:
+            mine = (place[peak.rows] >= 0).nonzero().flatten()
+            if len(mine):
+                peaks.append(peak.take(mine, place[peak.rows[mine]]))
+        return Mixture(tuple(peaks), self.log_share[: len(peaks) * len(SHARES), index])
 
-    def draw_independent(self, num_draws: int, dtype: torch.dtype) -> Tensor:
-        """Draws (K, N, D) in `dtype`, each of a component chosen by chance in proportion to its count."""
-        component = torch.multinomial(self.counts.T.double(), num_draws, replacement=True).T
-        return self._draw(component, dtype)
+    def allot(self, num_draws: int) -> Tensor:
+        """Draws for each component, whole numbers (M * C, N) with sum `num_draws`, nearest to the shares."""
+        return _allot(self.log_share.exp(), num_draws)
 
-    def _draw(self, component: Tensor, dtype: torch.dtype) -> Tensor:
-        most, num_rows, dim = self.mean.shape
-        num_draws = len(component)
-        noise = torch.randn(num_draws, num_rows, dim, dtype=self.mean.dtype, device=self.mean.device)
+    def draw(self, component: Tensor, dtype: torch.dtype) -> Tensor:
+        """One draw of each component in `component` (K, N), by the ambient generator: u (K, N, D), in `dtype`."""
+        dim, kinds = self.peaks[0].mean.shape[-1], len(SHARES)
+        noise = torch.randn(*component.shape, dim, dtype=torch.float64, device=component.device)
         chi = torch.distributions.Chi2(torch.tensor(FREEDOM, dtype=noise.dtype, device=noise.device))
-        stretch = WIDTH * torch.rsqrt(chi.sample((num_draws, num_rows)) / FREEDOM)
-        noise = noise * torch.where(component >= most, stretch, 1.0)[..., None]
-        u = torch.empty_like(noise)
-        for m in range(most):
-            rows = (self.counts[m] + self.counts[most + m] > 0).nonzero().flatten()
-            away = torch.linalg.solve_triangular(self.factor[m, rows].mT, noise[:, rows].permute(1, 2, 0), upper=True)
-            mine = (component[:, rows] % most == m)[..., None]
-            u[:, rows] = torch.where(mine, self.mean[m, rows] + away.permute(2, 0, 1), u[:, rows])
-        return u.to(dtype)
+        stretch = torch.tensor(widths(dim), dtype=noise.dtype, device=noise.device)[component % kinds]
+        tails = torch.rsqrt(chi.sample(component.shape) / FREEDOM)
+        noise *= torch.where(component % kinds == kinds - 1, stretch * tails, stretch)[..., None]
+        u = torch.empty_like(noise, dtype=dtype)
+        for m, peak in enumerate(self.peaks):
+            away = (peak.mean + peak.shape.colour(noise[:, peak.rows])).to(dtype)
+            mine = (component[:, peak.rows] // kinds == m)[..., None]
+            u[:, peak.rows] = torch.where(mine, away, u[:, peak.rows]) if m else away
+        return u
 
-    def rows(self, part: slice) -> Mixture:
-        """The mixture of some of the rows."""
-        return Mixture(self.mean[:, part], self.factor[:, part], self.counts[:, part])
+    def independent_components(self, num_draws: int) -> Tensor:
+        """Components (K, N), each chosen by chance in proportion to its share."""
+        return torch.multinomial(self.log_share.exp().T, num_draws, replacement=True).T
 
-    def log_density(self, u: Tensor) -> Tensor:
-        """log of the mixture with weights K_c / K at u (K, N, D): (K, N), float64."""
-        most, dim = len(self.mean), u.shape[-1]
-        log_share = torch.log(self.counts / self.counts.sum(0))
+    def log_densities(self, u: Tensor, peak: Peak) -> list[Tensor]:
+        """log of a peak's C components at u[:, peak.rows], each (K, n), float64, differentiable in u."""
+        dim = u.shape[-1]
+        square = peak.shape.whiten(u[:, peak.rows].double() - peak.mean).square().sum(-1)
+        *gaussian, wide = widths(dim)
+        logs = [
+            peak.shape.half_log_det - dim * math.log(c) - 0.5 * dim * math.log(2.0 * math.pi) - 0.5 * square / c**2
+            for c in gaussian
+        ]
+        constant = math.lgamma(0.5 * (FREEDOM + dim)) - math.lgamma(0.5 * FREEDOM) - 0.5 * dim * math.log(FREEDOM * math.pi)
+        tails = 0.5 * (FREEDOM + dim) * torch.log1p(square / (wide**2 * FREEDOM))
+        return [*logs, peak.shape.half_log_det + constant - dim * math.log(wide) - tails]
+
+    def log_density(self, u: Tensor, log_share: Tensor) -> Tensor:
+        """log of the mixture at u (K, N, D) with shares `log_share` (M * C, N): (K, N), float64, differentiable in u."""
         total = torch.full(u.shape[:2], -torch.inf, dtype=torch.float64, device=u.device)
-        t_constant = (
-            math.lgamma(0.5 * (FREEDOM + dim)) - math.lgamma(0.5 * FREEDOM) - 0.5 * dim * math.log(FREEDOM * math.pi)
-        ) - dim * math.log(WIDTH)
-        for m in range(most):
-            rows = (self.counts[m] + self.counts[most + m] > 0).nonzero().flatten()
-            delta = (u[:, rows].double() - self.mean[m, rows]).transpose(0, 1)
-            square = (delta @ self.factor[m, rows]).square().sum(-1).T
-            log_det = self.factor[m, rows].diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            gauss = log_det - 0.5 * dim * math.log(2.0 * math.pi) - 0.5 * square + log_share[m, rows]
-            tails = 0.5 * (FREEDOM + dim) * torch.log1p(square / (WIDTH**2 * FREEDOM))
-            wide = log_det + t_constant - tails + log_share[most + m, rows]
-            total[:, rows] = torch.logaddexp(total[:, rows], torch.logaddexp(gauss, wide))
+        for m, peak in enumerate(self.peaks):
+            shares = log_share[m * len(SHARES) : (m + 1) * len(SHARES), peak.rows]
+            logs = torch.stack([s + log for s, log in zip(shares, self.log_densities(u, peak), strict=True)])
+            mine = torch.logsumexp(logs, 0)
+            # Most mixtures have one peak, which all rows share.
+            total = mine if len(self.peaks) == 1 else total.index_put(
+                (torch.arange(len(u), device=u.device)[:, None], peak.rows), torch.logaddexp(total[:, peak.rows], mine)
+            )
         return total
+
+    def lonely_share(self, log_slack: float) -> Tensor:
+        """The share of a row's mass at modes that one start alone has found and that the other peaks do not cover, (N,).
+
+        A mode is covered where, without its own peak, the weight p / (p(x) r) there would be below e^log_slack, all other
+        peaks having the shares they have. By Good (1953) this share is about what the starts did not find.
+        """
+        kinds, log_z = len(SHARES), torch.full_like(self.log_share[0], -torch.inf)
+        for peak in self.peaks:
+            dim = peak.mean.shape[-1]
+            mass = peak.value + 0.5 * dim * math.log(2.0 * math.pi) - peak.shape.half_log_det
+            log_z[peak.rows] = torch.logaddexp(log_z[peak.rows], mass)
+        lonely = torch.zeros_like(log_z)
+        for m, peak in enumerate(self.peaks):
+            single = (peak.visits <= 1).nonzero().flatten()
+            if not len(single):
+                continue
+            row = peak.rows[single]
+            others = self.log_share.index_select(1, row)
+            others[m * kinds : (m + 1) * kinds] = -torch.inf
+            log_r = self.take(row).log_density(peak.mean[single][None], others)[0]
+            excess = peak.value[single] - log_z[row] - log_r
+            share = torch.exp(self.log_share[m * kinds : (m + 1) * kinds, row]).sum(0)
+            lonely[row] += torch.where(excess > log_slack, share, 0.0)
+        return lonely
+
+    def by_component(self, u: Tensor) -> Tensor:
+        """log r_c(u) of every component, (M * C, K, N), float64; -inf where a row lacks the peak."""
+        out = torch.full((len(self.log_share), *u.shape[:2]), -torch.inf, dtype=torch.float64, device=u.device)
+        for m, peak in enumerate(self.peaks):
+            for c, log in enumerate(self.log_densities(u, peak)):
+                out[m * len(SHARES) + c][:, peak.rows] = log
+        return out
+
+    def tuned(self, u: Tensor, log_weights: Tensor) -> Mixture:
+        """Shares that make the variance of the weights small, judged by draws u (K, N, D) of this mixture.
+
+        E w^2 = E_pilot[p^2 / (r r_pilot)] is convex in the shares of r. Each round multiplies a share by the square root of
+        the part that its component has in it, which lowers it (the multiplicative algorithm for optimal designs, Yu 2010).
+        """
+        logs, log_pilot = self.by_component(u), self.log_density(u, self.log_share)
+        log_p2 = 2.0 * torch.nan_to_num(log_weights + log_pilot, nan=-torch.inf, posinf=-torch.inf) - log_pilot
+        share = self.log_share
+        for _ in range(TUNING_ROUNDS):
+            log_r = torch.logsumexp(share[:, None] + logs, 0)
+            part = torch.logsumexp(logs + log_p2 - 2.0 * log_r, 1)
+            share = torch.log_softmax(share + 0.5 * part, 0)
+        mixed = torch.logaddexp(share + math.log(1.0 - KEPT_SHARE), self.log_share + math.log(KEPT_SHARE))
+        usable = ~mixed.isnan().any(0)
+        return replace(self, log_share=torch.where(usable, mixed, self.log_share))
 
 
 def _allot(share: Tensor, total: int) -> Tensor:
-    """Whole numbers (M, N) that sum to `total` in each column, nearest to total * share (largest remainders)."""
+    """Whole numbers (M, N) that sum to `total` in each column, nearest to total * share (largest remainders).
+
+    Where `total` allows, the component with the heaviest tails of the first peak gets one draw at least.
+    """
     exact = share * total
     whole = exact.floor()
     missing = total - whole.sum(0)
     rank = torch.argsort(torch.argsort(exact - whole, dim=0, descending=True), dim=0)
     return (whole + (rank < missing)).long()
-
-
-def laplace(
-    program: Program, x: Data, *, num_particles: int = 200, seed: Seed = 0, memory: int = BUDGET, num_starts: int = 4
-) -> Particles:
-    """K draws of a mixture at the posterior modes of each row, weighted by p(x, z) over the whole mixture.
-
-    Args:
-        program: model and guide; the guide only gives a start.
-        x: rows, (N, ...).
-        num_particles: K.
-        seed: of starts and draws.
-        memory: byte budget of the evaluations, besides the particles themselves.
-        num_starts: of the ascent: the centre of the guide, and draws of the prior.
-
-    Returns:
-        Particles with log w in nats, in strata; `info["modes"]` counts the modes of each row, (N,).
-    """
-    positive(num_particles=num_particles, memory=memory, num_starts=num_starts)
-    rows = as_rows(x)
-    with seeded(seed, rows[0].device):
-        log_joint = program.log_joint(rows)
-        mixture = mixture_of(program, rows, log_joint, num_starts, num_particles, memory)
-        u, component = mixture.draw_strata(rows[0].dtype)
-        log_p = in_chunks(program, rows, {"u": u}, _at_u, memory)
-        z = log_joint.unflatten(u)
-    log_q = mixture.log_density(u)
-    return Particles(
-        log_p - log_q,
-        z,
-        rounding_error(log_p, log_q, rows[0].dtype),
-        strata=component,
-        info={"engine": "laplace", "evaluations": num_particles + EVALUATIONS * num_starts, "modes": mixture.modes_per_row},
-    )
-
-
-def mixture_of(program: Program, rows: Rows, log_joint: LogJoint, num_starts: int, num_draws: int, memory: int) -> Mixture:
-    """The mixture at the modes that `num_starts` starts a row lead to, with `num_draws` draws allotted."""
-    starts = _starts(program, rows, log_joint, num_starts)
-    return Mixture.at(find_modes(program, rows, starts, memory), starts, num_draws)
-
-
-def _at_u(log_joint: LogJoint, values: Mapping[str, Tensor]) -> Tensor:
-    return log_joint(values["u"])
-
-
-def _starts(program: Program, rows: Rows, log_joint: LogJoint, num_starts: int) -> Tensor:
-    """The guide's centre (mean of some draws, in u) and draws of the prior, (S, N, D)."""
-    with torch.no_grad():
-        centre = log_joint.flatten(program.sample(rows, 16)[0]).mean(0, keepdim=True)
-        if num_starts == 1:
-            return centre
-        return torch.cat([centre, log_joint.flatten(program.sample_prior(rows, num_starts - 1)[0])])

@@ -5,7 +5,8 @@ already gives as much density as there is belongs to that mode; what the form do
 one mode, most of them, pay for one Newton run, whatever the number of starts.
 
 Reaching the neighbourhood of a mode is cheap (one gradient a step), Hessians are not (D gradients each): the ascent runs on
-all starts, Newton on the best start of each row, then on the best start that is not yet explained, and so on.
+all starts, Newton on the best start of each row, then on the best start that is not yet explained, and so on. Above D = 256
+no Hessian is built: the ascent goes on to the end, and `lanczos` finds the directions in which the posterior is narrowest.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae.log_joint import LogJoint
-from pyro_vae.memory import BUDGET, bytes_needed
-from pyro_vae.posterior.derivatives import derivatives
+from pyro_vae.memory import BUDGET, gradient_rows
+from pyro_vae.posterior.ascent import ascend
+from pyro_vae.posterior.derivatives import Local
+from pyro_vae.posterior.lanczos import RANK, lanczos
+from pyro_vae.posterior.shapes import Dense, LowRank, Shape, positive
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows, take
 
 DEPTH = 8.0
 """Modes more than so many nats below the best one of their row are left out: they hold less than e^-8 of its height."""
 
-ASCENT_STEPS, NEWTON_STEPS = 40, 2
+LARGEST_DENSE = 256
+"""D up to which Hessians are built."""
 
-STEP_LENGTHS = (1.0, 0.5, 0.2, 0.05)
+ASCENT_STEPS, LONG_ASCENT_STEPS, NEWTON_STEPS = 25, 100, 4
+"""At most; the long ascent is the one without a Newton run after it."""
 
-EVALUATIONS = ASCENT_STEPS + 1
-"""Gradient evaluations of the decoder for each row and start; Newton comes on top, for distinct modes only."""
+CLOSE = 0.05
+"""A Newton run ends when the last step promised fewer nats."""
+
+SHORTER_STEPS = (0.5, 0.2, 0.05)
+"""Tried where a whole Newton step leads down."""
 
 
 @dataclass(frozen=True)
@@ -42,33 +50,43 @@ class Modes:
         row: which row, (P,), integer.
         u: where, (P, D), float64.
         value: the log joint there, (P,), float64.
-        factor: Cholesky factor of the negative Hessian, made positive where it is not, (P, D, D), float64.
+        shape: P precision matrices, the negative Hessians there, made positive where they are not.
+        visits: how many starts led there, (P,), integer.
     """
 
     row: Tensor
     u: Tensor
     value: Tensor
-    factor: Tensor
+    shape: Shape
+    visits: Tensor
 
     @property
     def log_mass(self) -> Tensor:
         """Laplace's approximation to the log of the integral around each mode, (P,), in nats."""
-        half_log_det = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return self.value + 0.5 * self.u.shape[-1] * math.log(2.0 * math.pi) - half_log_det
+        return self.value + 0.5 * self.u.shape[-1] * math.log(2.0 * math.pi) - self.shape.half_log_det
 
-    def and_at(self, row: Tensor, u: Tensor) -> Modes:
-        """These modes, and unit ones of value 0 for the rows `row` at u[row], u (N, D)."""
-        unit = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device).expand(len(row), -1, -1)
-        extra = Modes(row, u[row], u.new_zeros(len(row)), unit)
-        return join([self, extra])
+    def take(self, index: Tensor) -> Modes:
+        """The modes at `index`."""
+        return Modes(self.row[index], self.u[index], self.value[index], self.shape.take(index), self.visits[index])
 
 
 def join(parts: Sequence[Modes]) -> Modes:
     """The modes of all parts."""
-    return Modes(*(torch.cat([getattr(part, name) for part in parts]) for name in ("row", "u", "value", "factor")))
+    row, u, value, visits = (torch.cat([getattr(part, name) for part in parts]) for name in ("row", "u", "value", "visits"))
+    return Modes(row, u, value, type(parts[0].shape).join([part.shape for part in parts]), visits)
 
 
-def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGET) -> Modes:
+def unit_modes(row: Tensor, u: Tensor) -> Modes:
+    """Modes of value 0 and unit covariance at u (P, D): for rows whose density is nowhere finite."""
+    count, dim = u.shape
+    shape: Shape = Dense.unit(count, dim, u.device)
+    if dim > LARGEST_DENSE:
+        shape = LowRank.unit(count, dim, RANK, u.device)
+    zero = torch.zeros(count, dtype=torch.float64, device=u.device)
+    return Modes(row, u.double(), zero, shape, torch.zeros_like(row))
+
+
+def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGET) -> tuple[Modes, Tensor]:
     """The modes that starts lead to.
 
     Args:
@@ -78,103 +96,122 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
         memory: byte budget: rows are worked on so many at a time as it holds.
 
     Returns:
-        at least one mode for each row in which some start ends at a finite density, in no order.
+        the modes, at least one for each row, ordered by row and then by mass, largest first (a row without a finite density
+        has a unit one at its first start, of no visits); and the decoder evaluations spent on each row, (N,).
     """
-    each, _ = bytes_needed(program, rows, {"u": starts}, lambda joint, values: joint(values["u"]))
-    # A gradient keeps what the density allocated and makes as much again; the line search tries five points.
-    step = max(1, memory // (3 * each * max(len(starts), len(STEP_LENGTHS) + 1)))
+    num_rows, device = len(rows[0]), starts.device
+    step = gradient_rows(program, rows, starts, memory)
     # A Gaussian of twice the starts' spread: that of the prior, where prior draws are among them.
     least = 0.25 / starts.double().var().clamp_min(1e-6)
+    cost = torch.zeros(num_rows, dtype=torch.long, device=device)
     parts = []
-    for index in torch.arange(len(rows[0]), device=starts.device).split(step):
-        modes = _find_modes(program, take(rows, index), starts[:, index], least)
-        parts.append(Modes(index[modes.row], modes.u, modes.value, modes.factor))
-    return join(parts)
+    for index in torch.arange(num_rows, device=device).split(step):
+        for modes in _find_modes(program, take(rows, index), starts[:, index], least, cost[index[0] : index[-1] + 1]):
+            parts.append(Modes(index[modes.row], modes.u, modes.value, modes.shape, modes.visits))
+    alone = torch.ones(num_rows, dtype=torch.bool, device=device)
+    for part in parts:
+        alone[part.row] = False
+    none = alone.nonzero().flatten()
+    modes = join([*parts, unit_modes(none, starts[0, none])])
+    by_mass = torch.argsort(modes.log_mass, descending=True)
+    return modes.take(by_mass[torch.argsort(modes.row[by_mass], stable=True)]), cost
 
 
-def _find_modes(program: Program, rows: Rows, starts: Tensor, least: Tensor) -> Modes:
-    u, value = ascend(program.log_joint(rows), starts, ASCENT_STEPS)
+def _find_modes(program: Program, rows: Rows, starts: Tensor, least: Tensor, cost: Tensor) -> list[Modes]:
+    """The modes of some rows, in the order of the rounds that found them; adds to `cost`, (N,)."""
+    count, num_rows, dim = starts.shape
+    row = torch.arange(num_rows, device=starts.device).repeat(count)
+    steps = ASCENT_STEPS if dim <= LARGEST_DENSE else LONG_ASCENT_STEPS
+    ends, values, spent = ascend(program, rows, row, starts.flatten(0, 1), steps)
+    cost.index_add_(0, row, 2 * spent)
+    u, value = ends.unflatten(0, (count, num_rows)).double(), values.unflatten(0, (count, num_rows))
     left, best = torch.isfinite(value), torch.full_like(value[0], -torch.inf)
     found: list[Modes] = []
-    for _ in range(len(starts)):
+    for _ in range(count):
         top, which = value.masked_fill(~left, -torch.inf).max(0)
         index = (torch.isfinite(top) & (top > best - DEPTH)).nonzero().flatten()
         if len(index) == 0:
             break
-        modes = newton(program, rows, index, u[which[index], index], least)
-        left[which[index], index] = False
-        distance = (torch.einsum("snd,nde->sne", u[:, index].double() - modes.u, modes.factor)).square().sum(-1)
-        left[:, index] &= value[:, index] > modes.value - 0.5 * distance + 1.0
+        refine = newton if dim <= LARGEST_DENSE else without_hessian
+        modes = refine(program, rows, index, ends.unflatten(0, (count, num_rows))[which[index], index], least, cost)
+        distance = modes.shape.whiten(u[:, index] - modes.u).square().sum(-1)
+        mine = left[:, index] & (value[:, index] <= modes.value - 0.5 * distance + 1.0)
+        mine[which[index], torch.arange(len(index), device=index.device)] = True
+        left[:, index] &= ~mine
         best[index] = torch.maximum(best[index], modes.value)
-        found.append(_without_duplicates(modes, found))
-    if not found:
-        none = torch.zeros(0, dtype=torch.long, device=u.device)
-        return Modes(none, u[0].double()[:0], value[0, :0], u.new_zeros(0, u.shape[-1], u.shape[-1]).double())
-    return join(found)
+        found.append(_without_duplicates(Modes(index, modes.u, modes.value, modes.shape, mine.sum(0)), found))
+    return found
 
 
-def ascend(log_joint: LogJoint, starts: Tensor, steps: int, rate: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Adam on the log joint from every start, its rate falling from `rate` to 0 along a cosine.
-
-    Returns:
-        the ends (S, N, D) and the log joint there (S, N); -inf where it is not a number.
-    """
-    u = starts.detach().clone().requires_grad_()
-    adam = torch.optim.Adam([u], lr=rate, maximize=True)
-    for step in range(steps):
-        adam.param_groups[0]["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(log_joint(u).sum(), u)
-        u.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        adam.step()
-    with torch.no_grad():
-        return u.detach(), torch.nan_to_num(log_joint(u), nan=-torch.inf, posinf=-torch.inf)
-
-
-def newton(program: Program, rows: Rows, index: Tensor, start: Tensor, least: Tensor) -> Modes:
-    """Damped Newton from one start (P, D) for each of the rows `index` (P,); see `positive_factor` for `least`."""
-    log_joint = program.log_joint(take(rows, index))
-    lengths = torch.tensor([*STEP_LENGTHS, 0.0], dtype=torch.float64, device=start.device)[:, None, None]
-    u = start.double()
+def newton(program: Program, rows: Rows, index: Tensor, start: Tensor, least: Tensor, cost: Tensor) -> Modes:
+    """Damped Newton from one start (P, D) for each of the rows `index` (P,); see `shapes.positive` for `least`."""
+    dim, dtype = start.shape[-1], start.dtype
+    u, value = start.double(), torch.full((len(index),), -torch.inf, dtype=torch.float64, device=start.device)
+    found = Dense.unit(len(index), dim, start.device)
+    going = torch.arange(len(index), device=start.device)
     for _ in range(NEWTON_STEPS):
-        _, gradient, hessian = (part[0] for part in derivatives(log_joint, u.to(start.dtype)[None]))
-        direction = torch.cholesky_solve(gradient[..., None], positive_factor(-hessian, least))[..., 0]
-        tried = u + lengths * direction
+        log_joint = program.log_joint(take(rows, index[going]))
+        local = Local(log_joint, u[going].to(dtype)[None])
+        shape = positive(-local.hessian()[0], least)
+        half = shape.precondition(torch.nan_to_num(local.gradient, nan=0.0, posinf=0.0, neginf=0.0))
+        u[going], value[going] = _line_search(program, rows, index[going], u[going], shape.colour(half)[0], local, dtype)
+        found.factor[going], found.inverse[going] = shape.factor, shape.inverse
+        cost[index[going]] += 3 + dim
+        # The curvature is not computed again after the last step, which moved the mode by a fraction of its width.
+        going = going[0.5 * half[0].square().sum(-1) > CLOSE]
+        if len(going) == 0:
+            break
+    return Modes(index, u, value, found, torch.zeros_like(index))
+
+
+def _line_search(
+    program: Program, rows: Rows, index: Tensor, u: Tensor, step: Tensor, local: Local, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Where the whole step (P, D) leads, or a shorter one where that is down, or nowhere; and the values there."""
+
+    def at(which: Tensor, points: Tensor) -> Tensor:
         with torch.no_grad():
-            values = torch.nan_to_num(log_joint(tried.to(start.dtype)), nan=-torch.inf)
-        u = tried[values.argmax(0), torch.arange(len(index), device=index.device)]
-    value, _, hessian = (part[0] for part in derivatives(log_joint, u.to(start.dtype)[None]))
-    return Modes(index, u, value, positive_factor(-hessian, least))
+            values = program.log_joint(take(rows, index[which]))(points.to(dtype))
+        return torch.nan_to_num(values, nan=-torch.inf, posinf=-torch.inf)
+
+    everyone = torch.arange(len(index), device=index.device)
+    best, end = torch.nan_to_num(local.value[0], nan=-torch.inf), u.clone()
+    whole = at(everyone, (u + step)[None])[0]
+    better = whole >= best
+    end[better], best = (u + step)[better], torch.where(better, whole, best)
+    down = (~better).nonzero().flatten()
+    if len(down):
+        lengths = torch.tensor(SHORTER_STEPS, dtype=u.dtype, device=u.device)[:, None, None]
+        tried = u[down] + lengths * step[down]
+        values, which = at(down, tried).max(0)
+        up = values > best[down]
+        end[down[up]], best[down[up]] = tried[which[up], up.nonzero().flatten()], values[up]
+    return end, best
 
 
-def positive_factor(matrix: Tensor, least: Tensor) -> Tensor:
-    """Cholesky factor of symmetric matrices (P, D, D), curvatures made positive and at least `least`.
-
-    Negative curvature keeps its size with the other sign. A direction in which the log joint is flat at the mode (along a
-    ring, say) would otherwise get a Gaussian of any width; no posterior is much wider than the prior.
-    """
-    matrix = torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    inverse = torch.linalg.solve_triangular(torch.where(failed[:, None, None] > 0, unit, factor), unit, upper=False)
-    variance = inverse.square().sum(-2).amax(-1)
-    bad = ((failed > 0) | (variance * least > 1.0)).nonzero().flatten()
-    if len(bad):
-        values, vectors = torch.linalg.eigh(matrix[bad])
-        size = torch.maximum(values.abs(), least)
-        factor[bad] = torch.linalg.cholesky(vectors @ torch.diag_embed(size) @ vectors.mT)
-    return factor
+def without_hessian(program: Program, rows: Rows, index: Tensor, start: Tensor, least: Tensor, cost: Tensor) -> Modes:
+    """As `newton` for ends (P, D) of a long ascent: shapes by `lanczos`, one Newton step in those directions."""
+    local = Local(program.log_joint(take(rows, index)), start[None])
+    shape = lanczos(local, least)
+    step = shape.colour(shape.precondition(torch.nan_to_num(local.gradient, nan=0.0, posinf=0.0, neginf=0.0)))[0]
+    u, value = _line_search(program, rows, index, start.double(), step, local, start.dtype)
+    cost[index] += 3 + RANK
+    return Modes(index, u, value, shape, torch.zeros_like(index))
 
 
 def _without_duplicates(modes: Modes, found: list[Modes]) -> Modes:
-    """`modes` without those that an earlier run of the same row has reached: less than half a unit of its metric away."""
+    """`modes` without those that an earlier round has reached, less than half a unit of its metric away.
+
+    Their visits are added to the earlier ones.
+    """
     new = torch.ones(len(modes.row), dtype=torch.bool, device=modes.row.device)
     for earlier in (one for one in found if len(one.row)):
         place = torch.full((int(modes.row.max()) + 1,), -1, device=modes.row.device)
         inside = earlier.row <= modes.row.max()
         place[earlier.row[inside]] = inside.nonzero().flatten()
         match = place[modes.row]
-        delta = modes.u - earlier.u[match]
-        distance = torch.einsum("nd,nde->ne", delta, earlier.factor[match]).square().sum(-1)
-        new &= (match < 0) | (distance > 0.25)
-    return Modes(modes.row[new], modes.u[new], modes.value[new], modes.factor[new])
+        delta = (modes.u - earlier.u[match])[None]
+        same = (match >= 0) & (earlier.shape.take(match).whiten(delta)[0].square().sum(-1) <= 0.25)
+        earlier.visits.index_add_(0, match[new & same], modes.visits[new & same])
+        new &= ~same
+    return modes.take(new.nonzero().flatten())

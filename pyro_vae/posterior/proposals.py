@@ -8,61 +8,77 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from pyro_vae.layouts import Values
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.memory import BUDGET, in_chunks
+from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.particles import Particles, rounding_error
 from pyro_vae.program import Program
-from pyro_vae.rows import Data, as_rows, positive
+from pyro_vae.rows import Rows, take
 from pyro_vae.seeds import Seed, seeded
 
 
-def from_prior(
-    program: Program, x: Data, *, num_particles: int = 10_000, seed: Seed = 0, memory: int = BUDGET
-) -> Particles:
-    """K draws of the prior, weighted by the likelihood.
+class Proposal(Sampler):
+    """Draws from the prior or the guide of a program, ready from the beginning."""
 
-    Args:
-        program: the model; its guide is not used.
-        x: rows, (N, ...).
-        num_particles: K.
-        seed: of the draws.
-        memory: byte budget of the evaluations, besides the particles themselves.
+    def __init__(self, program: Program, rows: Rows, memory: int, *, guided: bool) -> None:
+        self.program, self.rows, self.memory, self.guided = program, rows, memory, guided
+        self.cost = torch.zeros(len(rows[0]), dtype=torch.long, device=rows[0].device)
+        self.doubts = ("",) * len(rows[0])
 
-    Returns:
-        Particles with log w = log p(x | z), in nats.
-    """
-    positive(num_particles=num_particles, memory=memory)
-    rows = as_rows(x)
-    with seeded(seed, rows[0].device):
-        z, _ = program.sample_prior(rows, num_particles)
-    log_weights = in_chunks(program, rows, z, LogJoint.likelihood_of_sites, memory)
-    rounding = rounding_error(log_weights, torch.zeros_like(log_weights), rows[0].dtype)
-    return Particles(log_weights, z, rounding, info={"engine": "prior", "evaluations": num_particles})
+    def draw(self, num_particles: int, seed: Seed, exact: Values | None = None) -> Particles:
+        """See `Sampler.draw`; the guide runs once a row."""
+        drawn = self.program.sample if self.guided else self.program.sample_prior
+        with seeded(seed, self.rows[0].device):
+            z, log_q = drawn(self.rows, num_particles)
+        if exact is not None:
+            z = {name: torch.cat([exact[name][None], value[1:]]) for name, value in z.items()}
+            with torch.no_grad():
+                first = self.program.guide_density(self.rows).of_sites({name: value[:1] for name, value in z.items()})
+            log_q = torch.cat([first, log_q[1:]])
+        # Of the prior's draws log p(z) cancels; leaving it out of both leaves its rounding out as well.
+        density = LogJoint.of_sites if self.guided else LogJoint.likelihood_of_sites
+        log_p = in_chunks(self.program, self.rows, z, density, self.memory)
+        log_q = log_q if self.guided else torch.zeros_like(log_p)
+        return Particles(
+            log_p - log_q,
+            z,
+            rounding_error(log_p, log_q, self.rows[0].dtype),
+            info={"engine": "guide" if self.guided else "prior", "evaluations": self.cost + num_particles},
+        )
+
+    def take(self, index: Tensor) -> Proposal:
+        """See `Sampler.take`."""
+        return Proposal(self.program, take(self.rows, index), self.memory, guided=self.guided)
 
 
-def from_guide(program: Program, x: Data, *, num_particles: int = 1_000, seed: Seed = 0, memory: int = BUDGET) -> Particles:
-    """K draws of the guide, weighted by p(x, z) / q(z | x); the guide runs once a row.
+@dataclass(frozen=True)
+class FromPrior(Engine):
+    """K draws of the prior, weighted by the likelihood: log w = log p(x | z), in nats. The guide is not used."""
 
-    Args:
-        program: model and guide.
-        x: rows, (N, ...).
-        num_particles: K.
-        seed: of the draws.
-        memory: byte budget of the evaluations, besides the particles themselves.
+    name = "prior"
+    default_particles = 10_000
 
-    Returns:
-        Particles with log w = log p(x, z) - log q(z | x), in nats.
-    """
-    positive(num_particles=num_particles, memory=memory)
-    rows = as_rows(x)
-    with seeded(seed, rows[0].device):
-        z, log_q = program.sample(rows, num_particles)
-    log_p = in_chunks(program, rows, z, LogJoint.of_sites, memory)
-    return Particles(
-        log_p - log_q,
-        z,
-        rounding_error(log_p, log_q, rows[0].dtype),
-        info={"engine": "guide", "evaluations": num_particles},
-    )
+    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> Proposal:
+        """See `Engine.prepare`."""
+        return Proposal(program, rows, memory, guided=False)
+
+
+@dataclass(frozen=True)
+class FromGuide(Engine):
+    """K draws of the guide, weighted by p(x, z) / q(z | x): log w = log p(x, z) - log q(z | x), in nats."""
+
+    name = "guide"
+    default_particles = 1_000
+
+    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> Proposal:
+        """See `Engine.prepare`."""
+        return Proposal(program, rows, memory, guided=True)
+
+
+from_prior, from_guide = FromPrior(), FromGuide()

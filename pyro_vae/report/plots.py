@@ -14,12 +14,14 @@ import matplotlib as mpl
 import numpy as np
 from torch import Tensor
 
-from pyro_vae.learning.history import BLUE
+from pyro_vae.learning.history import BLUE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from pyro_vae.learning.history import History
+    from pyro_vae.report.gap import InferenceGap
+    from pyro_vae.report.latents import LatentUsage
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -122,6 +124,76 @@ def _coloured(ax: Axes, points: Any, labels: Any) -> None:
             fontweight="bold",
             bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour},
         )
+
+
+def inference_gap(result: InferenceGap, ax: Axes | None = None) -> Axes:
+    """Both gaps of each row in nats, stacked, rows sorted by their sum; a negative gap hangs below zero.
+
+    Rows without a number are left out. For up to 60 rows points show the sum, with bars of one standard error.
+
+    Raises:
+        ValueError: no row has a number.
+    """
+    known = result.inference.isfinite()
+    if not bool(known.any()):
+        raise ValueError(f"None of the {len(result)} rows has an inference gap to draw: see the reasons in the result.")
+    ax = _axes(ax)
+    total, first, second, error = (
+        value[known].cpu().numpy()
+        for value in (result.inference, result.approximation, result.amortisation, result.inference_standard_error)
+    )
+    order = np.argsort(-total)
+    total, first, second, error = total[order], first[order], second[order], error[order]
+    edges = np.arange(len(total) + 1) + 0.5
+    # The second stands on the first where both have one sign; otherwise each has its own side of zero.
+    base = np.where(first * second > 0.0, first, 0.0)
+    means = [result.mean(name) for name in ("approximation", "amortisation", "inference")]
+    ax.stairs(first, edges, baseline=0.0, fill=True, color=BLUE, label=f"approximation: mean {means[0]}")
+    label = f"amortisation: mean {means[1]}"
+    ax.stairs(
+        base + second, edges, baseline=base, fill=True, facecolor=VERMILION, edgecolor="white", hatch="///", label=label
+    )
+    if len(total) <= 60:
+        ax.errorbar(edges[:-1] + 0.5, total, error, fmt=".", color="black", markeredgecolor="white", elinewidth=1.0)
+    ax.axhline(0.0, color="black", linewidth=0.8)
+    ax.set(xlabel="row, by its inference gap", ylabel="gap (nats)", title=f"Inference gap: mean {means[2]} nats")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.2 * (high - low))  # room for the legend
+    ax.legend(frameon=False, loc="upper right")
+    return ax
+
+
+def latent_usage(result: LatentUsage, ax: Axes | None = None) -> Axes:
+    """KL of each latent dimension in nats, mean over rows, in descending order; inactive ones are hollow and hatched.
+
+    Error bars are one Monte Carlo standard error; a KL in closed form has none. Up to 40 dimensions are named.
+    """
+    ax = _axes(ax)
+    order = result.kl.argsort(descending=True).cpu().numpy()
+    kl, error, active = (value.cpu().numpy()[order] for value in (result.kl, result.kl_standard_error, result.active_parts))
+    place = np.arange(1, len(kl) + 1)
+    if active.any():
+        ax.bar(
+            place[active],
+            kl[active],
+            color=BLUE,
+            label=f"active: {int(result.active.sum())} of {len(result.part)} dimensions",
+        )
+    if not active.all():
+        label = f"inactive: {int((~result.active).sum())} of {len(result.part)}"
+        ax.bar(place[~active], kl[~active], facecolor="white", edgecolor=VERMILION, hatch="////", label=label)
+        # A collapsed bar has no height to see: its foot is marked as well.
+        ax.plot(place[~active], np.zeros((~active).sum()), "x", color=VERMILION, clip_on=False)
+    noisy = error > 0.0
+    ax.errorbar(place[noisy], kl[noisy], error[noisy], fmt="none", ecolor="black", elinewidth=1.0)
+    if len(kl) <= 40:
+        ax.set_xticks(place, [result.names[i] for i in order], rotation=90 if len(kl) > 8 else 0)
+    total = f"{result.mean_kl.value:.4g} nats"
+    ax.set(
+        xlabel="latent dimension", ylabel="KL (nats per row)", title=f"KL(q(z | x) || p(z)) by dimension: {total} in all"
+    )
+    ax.legend(frameon=False)
+    return ax
 
 
 def save(ax: Axes, path: str | Path) -> None:

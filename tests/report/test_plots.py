@@ -12,9 +12,13 @@ import torch
 from matplotlib import image
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 
-from pyro_vae.learning.history import History
+from pyro_vae.learning.history import BLUE, VERMILION, History
 from pyro_vae.report import plots
+from pyro_vae.report.aggregate import Aggregate
+from pyro_vae.report.gap import InferenceGap
+from pyro_vae.report.latents import LatentUsage
 
 
 @pytest.fixture
@@ -138,13 +142,103 @@ def test_classes_are_named_where_they_lie(ax: Axes) -> None:
     assert colours[0] != colours[1]
 
 
+def gaps(approximation: list[float], amortisation: list[float]) -> InferenceGap:
+    """Gaps of rows whose ELBO is -10 nats, with an error of 0.1 in each value."""
+    first, second = (torch.tensor(values, dtype=torch.float64) for values in (approximation, amortisation))
+    elbo, error = torch.full_like(first, -10.0), torch.full_like(first, 0.1)
+    log_p = elbo + first + second
+    return InferenceGap(log_p, error, elbo + second, error, elbo, error, "factorised Normal", ("",) * len(first))
+
+
+def heights(ax: Axes) -> list[Any]:
+    """(values, baselines) of the steps drawn."""
+    steps = [patch.get_data() for patch in ax.patches if hasattr(patch, "get_data")]
+    return [(np.asarray(step.values), np.asarray(step.baseline)) for step in steps]
+
+
+def test_inference_gap_stacks_sorted_rows(ax: Axes) -> None:
+    result = gaps([1.0, 2.0, 0.5, np.nan], [0.5, 3.0, -0.25, 1.0])
+    assert plots.inference_gap(result, ax) is ax
+    title, xlabel, ylabel = texts(ax)
+    assert (xlabel, ylabel) == ("row, by its inference gap", "gap (nats)")
+    assert title.startswith("Inference gap: mean 2.25 ")
+    (first, ground), (top, base) = heights(ax)
+    assert np.allclose(first, [2.0, 1.0, 0.5])
+    assert np.allclose(ground, 0.0)
+    assert np.allclose(base, [2.0, 1.0, 0.0])  # gaps of two signs are not stacked
+    assert np.allclose(top, [5.0, 1.5, -0.25])
+    assert ax.patches[1].get_hatch()  # told apart by more than colour
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert named[0].startswith("approximation: mean 1.167 ")
+    assert named[1].startswith("amortisation: mean 1.083 ")
+    assert len(ax.containers) == 1
+    points, _, (bars,) = ax.containers[0].lines
+    assert np.allclose(points.get_ydata(), [5.0, 1.5, 0.25])
+    assert np.allclose([np.ptp(segment[:, 1]) for segment in bars.get_segments()], 2.0 * np.hypot(0.1, 0.1))
+
+
+def test_many_inference_gaps_have_no_error_bars(ax: Axes) -> None:
+    plots.inference_gap(gaps([1.0] * 100, [0.5] * 100), ax)
+    assert not ax.containers
+    assert ax.get_ylim()[1] > 1.5
+
+
+def test_no_inference_gap_is_refused(ax: Axes) -> None:
+    with pytest.raises(ValueError, match="None of the 2 rows"):
+        plots.inference_gap(gaps([np.nan, np.nan], [1.0, 1.0]), ax)
+
+
+def usage(kl: list[float], activity: list[float], error: float = 0.0) -> LatentUsage:
+    names = tuple(f"z[{i}]" for i in range(len(kl)))
+    zeros, unit = torch.zeros(len(kl), dtype=torch.float64), torch.eye(len(kl), dtype=torch.float64)
+    rows = torch.full((5,), sum(kl), dtype=torch.float64)
+    return LatentUsage(
+        names=names,
+        part=torch.arange(len(kl)),
+        kl=torch.tensor(kl, dtype=torch.float64),
+        kl_standard_error=torch.full((len(kl),), error, dtype=torch.float64),
+        row_kl=rows,
+        row_kl_standard_error=0.0 * rows,
+        activity=torch.tensor(activity, dtype=torch.float64),
+        aggregate=Aggregate(rows, rows, rows, zeros, unit, zeros, unit, names),
+        decoder_spread=1.0,
+    )
+
+
+@pytest.mark.parametrize("error", [0.0, 0.2])
+def test_latent_usage_marks_active_dimensions(ax: Axes, error: float) -> None:
+    assert plots.latent_usage(usage([0.5, 0.001, 2.0], [0.4, 0.0, 0.9], error), ax) is ax
+    assert texts(ax) == ["KL(q(z | x) || p(z)) by dimension: 2.501 nats in all", "latent dimension", "KL (nats per row)"]
+    bars = ax.patches
+    assert [bar.get_height() for bar in bars] == [2.0, 0.5, 0.001]
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, False, True]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["z[2]", "z[0]", "z[1]"]
+    named = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert named == ["active: 2 of 3 dimensions", "inactive: 1 of 3"]
+    crosses = [line for line in ax.get_lines() if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in crosses] == [[3]]
+    segments = [segment for part in ax.collections for segment in part.get_segments()]
+    assert len(segments) == (3 if error else 0)
+
+
+@pytest.mark.parametrize(("activity", "label"), [(0.5, "active: 50 of 50 dimensions"), (0.0, "inactive: 50 of 50")])
+def test_latent_usage_of_many_dimensions_that_are_all_alike(ax: Axes, activity: float, label: str) -> None:
+    plots.latent_usage(usage([1.0] * 50, [activity] * 50), ax)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [label]
+    assert "z[3]" not in [text.get_text() for text in ax.get_xticklabels()]
+    colour = ax.patches[0].get_facecolor() if activity else ax.patches[0].get_edgecolor()
+    assert to_hex(colour).upper() == (BLUE if activity else VERMILION)
+
+
 def test_without_axes_a_figure_is_made() -> None:
     drawn = [
         plots.learning_curve(history(3)),
         plots.images(torch.rand(2, 4), (2, 2)),
         plots.latent_space(torch.randn(3, 2)),
+        plots.inference_gap(gaps([1.0], [2.0])),
+        plots.latent_usage(usage([1.0], [0.5])),
     ]
-    assert len({id(ax.get_figure()) for ax in drawn}) == 3
+    assert len({id(ax.get_figure()) for ax in drawn}) == 5
     plt.close("all")
 
 

@@ -1,0 +1,174 @@
+"""The cascade: log p(x) by the cheapest engine that a row's own diagnostics let pass.
+
+All rows start with the guide; those it does not serve go on to `laplace` with few starts, with many, and to `annealed`. In
+each level a row is judged on pilot draws: k-hat below its threshold, enough effective particles, two independent halves that
+agree, modes that several starts agree on (see `posterior.local`), and a standard error that reaches the target with a number
+of particles that can be had. What is reported then are that many fresh draws: an engine chosen by the weights it is judged
+by would report the lucky ones. A row whose fresh draws fail the same tests goes on as well; one that fails the last level is
+reported with the reason.
+
+A guide that misses a mode has perfect weights. So the modes of every row are sought from several starts, and a row stays
+with the guide only where the guide covers what they found.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_vae.evidence import weights
+from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.posterior.annealing import Annealed
+from pyro_vae.posterior.engine import Engine, Sampler
+from pyro_vae.posterior.local import Laplace, uncovered
+from pyro_vae.posterior.particles import Particles
+from pyro_vae.posterior.proposals import FromGuide, Proposal
+from pyro_vae.posterior.starts import at_modes
+from pyro_vae.program import Program
+from pyro_vae.rows import Rows, take
+from pyro_vae.seeds import Seed, derive
+
+BLOCK_ROWS = 512
+BLOCK_NUMBERS = 2**22
+"""Particles of a block hold at most this many numbers (rows x K x D), or one row's."""
+
+SAFETY = 1.5
+"""More particles than the pilot says the target needs, because pilots err."""
+
+APART = 4.0
+"""Standard errors by which two halves of the draws may differ."""
+
+PREPARED, PILOT, REPORTED, CHECKED = 0, 1, 2, 3
+"""Sub-streams of a block's seed."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One engine of the cascade.
+
+    Attributes:
+        engine: makes the sampler.
+        pilots: draws of each pilot; a row that fails one is tried with the next, larger one.
+        least: reported draws at least.
+        most: at most: a row that needs more goes on.
+    """
+
+    engine: Engine
+    pilots: tuple[int, ...]
+    least: int
+    most: int
+
+
+LEVELS = (
+    Level(FromGuide(), (32, 256), 128, 2**11),
+    Level(Laplace(num_starts=4), (64, 256), 100, 2**13),
+    Level(Laplace(num_starts=16), (256, 1024), 256, 2**15),
+    Level(Laplace(num_starts=64), (1024,), 1024, 2**15),
+    Level(Annealed(start=functools.partial(at_modes, num_starts=16)), (32,), 64, 2**11),
+)
+
+
+class Judgement:
+    """What some draws say about their engine, row by row.
+
+    Attributes:
+        estimate: the draws' own.
+        passed: whether nothing speaks against them, boolean (N,).
+        needed: how many draws would bring the standard error to the target, (N,), float64.
+    """
+
+    def __init__(self, particles: Particles, target: float) -> None:
+        log_weights = torch.nan_to_num(particles.log_weights, nan=-torch.inf, posinf=-torch.inf)
+        apart = weights.halves(log_weights, particles.strata) > APART
+        told = ["two halves of the draws disagree" if far else "" for far in apart.tolist()]
+        self.estimate = Estimate.from_particles(particles).doubted(told)
+        self.passed = self.estimate.reliable
+        variance = weights.relative_variance(log_weights, particles.strata) * len(log_weights)
+        self.needed = torch.nan_to_num(variance, nan=torch.inf) / target**2
+
+    def reported(self, target: float) -> Estimate:
+        """The estimate, doubted where its standard error is above the target."""
+        above = (self.estimate.standard_error > target).tolist()
+        return self.estimate.doubted([f"standard error above {target:g}" if high else "" for high in above])
+
+
+class Block:
+    """Some rows at one level.
+
+    Attributes:
+        estimate: where the rows are; those that have not been reported carry their last pilot's numbers and a reason.
+        spent: decoder evaluations, (N,).
+    """
+
+    estimate: Estimate
+
+    def __init__(self, level: Level, program: Program, rows: Rows, target: float, *, seed: Seed, memory: int) -> None:
+        self.level, self.program, self.rows, self.target, self.seed, self.memory = level, program, rows, target, seed, memory
+        self.dim = program.log_joint(rows).dim
+        self.sampler = level.engine.prepare(program, rows, seed=derive(seed, PREPARED), memory=memory)
+        self.spent = self.sampler.cost.clone()
+
+    def answer(self, *, last: bool) -> Estimate:
+        """All rows judged, those that pass reported, and where this level is the `last`, the others too."""
+        index, sampler = torch.arange(len(self.rows[0]), device=self.rows[0].device), self.sampler
+        failed: list[tuple[Tensor, Sampler]] = []
+        for number, size in enumerate(self.level.pilots):
+            pilot = self._draw(sampler, index, size, derive(self.seed, PILOT, number))
+            judged = Judgement(pilot, self.target)
+            counts = torch.clamp(SAFETY * judged.needed, min=self.level.least)
+            within = counts <= self.level.most
+            passed = self._covered(index, judged, judged.passed & within, number)
+            told = ["" if ok else "too many particles needed for the target" for ok in passed.tolist()]
+            self._put(index, judged.estimate.doubted(told))
+            sampler = sampler.adapt(pilot)
+            good = passed.nonzero().flatten()
+            if len(good):
+                self._report(index[good], sampler.take(good), counts[good], number)
+            # A larger pilot finds no mode that the starts have missed, and needs no fewer particles.
+            sure = torch.tensor([not doubt for doubt in sampler.doubts], device=index.device)
+            again, given_up = (~passed & within & sure).nonzero().flatten(), (~passed & ~(within & sure)).nonzero().flatten()
+            if len(given_up):
+                failed.append((index[given_up], sampler.take(given_up)))
+            if len(again) == 0:
+                break
+            index, sampler = index[again], sampler.take(again)
+        else:
+            failed.append((index, sampler))
+        if last:
+            for number, (left, its_sampler) in enumerate(failed):
+                most = torch.full((len(left),), float(self.level.most), device=left.device)
+                self._report(left, its_sampler, most, len(self.level.pilots) + number)
+        return replace(self.estimate, evaluations=self.spent)
+
+    def _draw(self, sampler: Sampler, index: Tensor, count: int, seed: int) -> Particles:
+        particles = sampler.draw(count, seed)
+        self.spent[index] += particles.info["evaluations"] - sampler.cost
+        return particles
+
+    def _put(self, index: Tensor, part: Estimate) -> None:
+        self.estimate = self.estimate.put(index, part) if hasattr(self, "estimate") else part
+
+    def _covered(self, index: Tensor, judged: Judgement, passed: Tensor, number: int) -> Tensor:
+        """`passed`, less the rows in which starts find modes that the guide does not cover."""
+        good, passed = passed.nonzero().flatten(), passed.clone()
+        if len(good) and isinstance(self.sampler, Proposal):
+            rows, log_z = take(self.rows, index[good]), judged.estimate.log_p[good]
+            seed = derive(self.seed, CHECKED, number)
+            missed, cost = uncovered(self.program, rows, log_z, seed=seed, memory=self.memory)
+            self.spent[index[good]] += cost
+            passed[good] = ~missed
+        return passed
+
+    def _report(self, index: Tensor, sampler: Sampler, counts: Tensor, number: int) -> None:
+        """Fresh draws for the rows at `index`, as many as `counts` says, in steps of a factor of two."""
+        steps = torch.ceil(torch.log2(counts / self.level.least)).clamp_min(0.0).long()
+        for step in steps.unique().tolist():
+            count = min(self.level.least * 2**step, self.level.most)
+            size = max(1, BLOCK_NUMBERS // (count * self.dim))
+            for piece, part in enumerate((steps == step).nonzero().flatten().split(size)):
+                seed = derive(self.seed, REPORTED, number, step, piece)
+                particles = self._draw(sampler.take(part), index[part], count, seed)
+                self._put(index[part], Judgement(particles, self.target).reported(self.target))

@@ -1,0 +1,107 @@
+"""What engines share: made ready for some rows once, they draw weighted particles as often as asked.
+
+    engine = Laplace(num_starts=8)                    an object with its settings; `posterior.laplace` is one with defaults
+    sampler = engine.prepare(program, rows)           modes found, step sizes tuned: all of it frozen from here on
+    pilot = sampler.draw(64, seed=1)                  to judge by
+    sampler.adapt(pilot).draw(500, seed=2)            to report
+
+Nothing that a draw is made with depends on that draw, so the mean weight of each is unbiased for p(x). `engine(program, x)`
+does all of it in one call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pyro_vae.layouts import Values
+from pyro_vae.memory import BUDGET
+from pyro_vae.posterior.particles import Particles
+from pyro_vae.program import Program
+from pyro_vae.rows import Data, Rows, as_rows, positive
+from pyro_vae.seeds import Seed, derive
+
+PREPARED, PILOT, REPORTED = 0, 1, 2
+"""Sub-streams of an engine's seed."""
+
+
+class Sampler(ABC):
+    """An engine made ready for N rows.
+
+    Attributes:
+        cost: decoder evaluations spent on making ready, integers (N,); a forward pass counts one and a backward pass one.
+        doubts: N texts, why the sampler itself is not sure of a row; empty where it is.
+    """
+
+    cost: Tensor
+    doubts: tuple[str, ...]
+
+    @abstractmethod
+    def draw(self, num_particles: int, seed: Seed, exact: Values | None = None) -> Particles:
+        """K fresh weighted particles for each row.
+
+        Args:
+            num_particles: K.
+            seed: of the draws.
+            exact: one draw of p(z | x) for each row, by site name, (N, *event_shape). It takes the place of one particle,
+                and the mean of log p-hat is then not below but above log p(x), see `evidence.sandwich`.
+        """
+
+    @abstractmethod
+    def take(self, index: Tensor) -> Sampler:
+        """The same for some of the rows."""
+
+    def adapt(self, pilot: Particles) -> Sampler:
+        """A sampler that has learnt from `pilot`, draws that are not reported."""
+        return self
+
+
+@dataclass(frozen=True)
+class Engine(ABC):
+    """A way to weighted particles, with its settings.
+
+    To add one: subclass as a frozen dataclass whose fields are the settings, name it, return a `Sampler` from `prepare`, and
+    add a line to the table of engines in tests/posterior/test_engines.py.
+    """
+
+    name: ClassVar[str]
+    default_particles: ClassVar[int]
+    pilot_particles: ClassVar[int] = 0
+
+    @abstractmethod
+    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> Sampler:
+        """A sampler for these rows; what it tunes is tuned in here, with `seed`, within `memory` bytes."""
+
+    def __call__(
+        self,
+        program: Program,
+        x: Data,
+        *,
+        num_particles: int | None = None,
+        seed: Seed = 0,
+        memory: int = BUDGET,
+        **settings: Any,
+    ) -> Particles:
+        """K weighted particles for each row.
+
+        Args:
+            program: model and guide.
+            x: rows, (N, ...).
+            num_particles: K; None for the engine's own default.
+            seed: of everything.
+            memory: byte budget of the evaluations, besides the particles themselves.
+            settings: replace fields of the engine for this call.
+
+        Returns:
+            Particles with log w in nats, (K, N); the mean weight is unbiased for p(x).
+        """
+        count = self.default_particles if num_particles is None else num_particles
+        positive(num_particles=count, memory=memory)
+        engine = replace(self, **settings) if settings else self
+        sampler = engine.prepare(program, as_rows(x), seed=derive(seed, PREPARED), memory=memory)
+        if engine.pilot_particles:
+            sampler = sampler.adapt(sampler.draw(engine.pilot_particles, derive(seed, PILOT)))
+        return sampler.draw(count, derive(seed, REPORTED))

@@ -1,0 +1,209 @@
+"""Laplace's method as importance sampling: posterior modes, the local covariance at each, and weights that mend the rest.
+
+From several starts the ascent finds the modes (`modes`); one step of Gaussian variational inference (Opper & Archambeau
+2009, eq. 13) moves each Gaussian from the mode to about the mean of its bump, which halves the variance of the weights
+where a posterior is skewed; the mixture of all of them (`mixture`) is drawn from and weighted. The mean weight is unbiased
+for p(x), whatever the modes; a mode that no start reached costs variance, and more than anyone can see if it lies far away.
+So a row in which a mode of some mass was reached by one start alone is in doubt: where one of S starts finds what no other
+does, the next start may as well (Good 1953). On a ridge every start ends elsewhere; there a mode counts as found again where
+the peaks of the other starts cover it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_vae.layouts import Values
+from pyro_vae.log_joint import LogJoint
+from pyro_vae.memory import BUDGET, at_u, gradient_rows, in_chunks
+from pyro_vae.posterior.ascent import ascend
+from pyro_vae.posterior.derivatives import value_and_gradient
+from pyro_vae.posterior.engine import Engine, Sampler
+from pyro_vae.posterior.mixture import Mixture
+from pyro_vae.posterior.modes import ASCENT_STEPS, Modes, find_modes
+from pyro_vae.posterior.particles import Particles, rounding_error
+from pyro_vae.program import Program
+from pyro_vae.rows import Rows, positive, take
+from pyro_vae.seeds import Seed, seeded
+
+PAIRS = 8
+"""Antithetic pairs that estimate the mean gradient under a Gaussian: what is odd in it cancels."""
+
+LONGEST_MOVE = 1.0
+"""In standard deviations: a longer one says that the Gaussian is no picture of the bump."""
+
+DOUBTFUL_SHARE = 0.01
+"""Modes found by one start alone with more of the mass than this leave a row in doubt."""
+
+COVERED = 3.0
+"""Log of the largest relative weight at a mode that other peaks, or another proposal, are said to cover."""
+
+COMMON = 0.05
+"""Where more rows than this are in doubt, so are all: rows of one model are alike, and the luck of a few starts is not."""
+
+LONELY = "a mode was found by one start alone"
+
+
+class LocalSampler(Sampler):
+    """Draws from a mixture at the modes of each row."""
+
+    def __init__(
+        self, program: Program, rows: Rows, mixture: Mixture, cost: Tensor, doubts: tuple[str, ...], memory: int
+    ) -> None:
+        self.program, self.rows, self.mixture, self.memory = program, rows, mixture, memory
+        self.cost, self.doubts = cost, doubts
+
+    def draw(self, num_particles: int, seed: Seed, exact: Values | None = None) -> Particles:
+        """See `Sampler.draw`; the draws come in strata, a fixed number from each component."""
+        log_joint, dtype = self.program.log_joint(self.rows), self.rows[0].dtype
+        counts = self.mixture.allot(num_particles)
+        log_share = torch.log(counts / num_particles)
+        slot = torch.arange(num_particles, device=counts.device)[:, None, None]
+        component = (slot >= counts.cumsum(0)).sum(1)
+        with seeded(seed, self.rows[0].device):
+            u = self.mixture.draw(component, dtype)
+            if exact is not None:
+                _plant(self.mixture, u, component, log_share, log_joint.flatten({k: v[None] for k, v in exact.items()}))
+        log_p = in_chunks(self.program, self.rows, {"u": u}, at_u, self.memory)
+        log_q = self.mixture.log_density(u, log_share)
+        with torch.no_grad():
+            z = log_joint.unflatten(u)
+        info = {
+            "engine": "laplace",
+            "evaluations": self.cost + num_particles,
+            "modes": self.mixture.modes_per_row,
+            "doubts": self.doubts,
+        }
+        return Particles(log_p - log_q, z, rounding_error(log_p, log_q, dtype), strata=component, info=info)
+
+    def take(self, index: Tensor) -> LocalSampler:
+        """See `Sampler.take`."""
+        doubts = tuple(self.doubts[i] for i in index.tolist())
+        return LocalSampler(
+            self.program, take(self.rows, index), self.mixture.take(index), self.cost[index], doubts, self.memory
+        )
+
+    def adapt(self, pilot: Particles) -> LocalSampler:
+        """The shares of the components tuned on the pilot."""
+        with torch.no_grad():
+            u = self.program.log_joint(self.rows).flatten(dict(pilot.z))
+            mixture = self.mixture.tuned(u, pilot.log_weights)
+        cost = self.cost + len(pilot.log_weights)
+        return LocalSampler(self.program, self.rows, mixture, cost, self.doubts, self.memory)
+
+
+@dataclass(frozen=True)
+class Laplace(Engine):
+    """Importance sampling from a mixture at the posterior modes, with the exact local covariance at each.
+
+    Attributes:
+        num_starts: of the ascent: the centre of the guide, draws of the prior, and some wide draws of the guide.
+    """
+
+    num_starts: int = 4
+    name = "laplace"
+    default_particles = 200
+    pilot_particles = 64
+
+    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> LocalSampler:
+        """See `Engine.prepare`: modes, covariances and centres."""
+        positive(num_starts=self.num_starts)
+        with seeded(seed, rows[0].device):
+            starts = find_starts(program, rows, program.log_joint(rows), self.num_starts)
+            modes, cost = find_modes(program, rows, starts, memory)
+            modes = centred(program, rows, modes, memory)
+        cost += 4 * PAIRS * torch.bincount(modes.row, minlength=len(cost))
+        mixture = Mixture.at(modes, len(rows[0]))
+        return LocalSampler(program, rows, mixture, cost, _doubts(mixture, self.num_starts), memory)
+
+
+laplace = Laplace()
+
+
+def find_starts(program: Program, rows: Rows, log_joint: LogJoint, num_starts: int) -> Tensor:
+    """The guide's centre (mean of some draws, in u), draws of the prior, and draws of the guide twice as wide: (S, N, D)."""
+    with torch.no_grad():
+        draws = log_joint.flatten(program.sample(rows, 16)[0])
+        centre = draws.mean(0, keepdim=True)
+        wide = (num_starts - 1) // 4
+        starts = [centre, centre + 2.0 * (draws - centre)[:wide].repeat(-(-wide // 16) or 1, 1, 1)[:wide]]
+        if num_starts - 1 - wide:
+            starts.insert(1, log_joint.flatten(program.sample_prior(rows, num_starts - 1 - wide)[0]))
+        return torch.cat(starts)
+
+
+def centred(program: Program, rows: Rows, modes: Modes, memory: int) -> Modes:
+    """Each mode moved by P^-1 E[grad log p(x, u)] under its Gaussian, towards the mean of its bump; by the ambient generator."""
+    parts = []
+    # A block of modes at a time, of the size that the ascent worked on.
+    for index in torch.arange(len(modes.row), device=modes.row.device).split(512):
+        some = modes.take(index)
+        noise = torch.randn(PAIRS, *some.u.shape, dtype=torch.float64, device=some.u.device)
+        away = some.shape.colour(noise)
+        points = torch.cat([some.u + away, some.u - away]).to(rows[0].dtype)
+        log_joint = program.log_joint(take(rows, some.row))
+        gradient = torch.cat([value_and_gradient(log_joint, part)[1] for part in points.split(4)])
+        step = some.shape.precondition(gradient.double().mean(0, keepdim=True))
+        step = step * (LONGEST_MOVE / step.norm(dim=-1, keepdim=True).clamp_min(LONGEST_MOVE))
+        parts.append(some.u + some.shape.colour(step)[0])
+    return replace(modes, u=torch.cat(parts))
+
+
+def _doubts(mixture: Mixture, num_starts: int) -> tuple[str, ...]:
+    """Why the modes of each row may not be all there are."""
+    num_rows = mixture.log_share.shape[1]
+    if num_starts == 1:
+        return ("modes sought from one start alone",) * num_rows
+    lonely = mixture.lonely_share(COVERED) > DOUBTFUL_SHARE
+    if int(lonely.sum()) > max(1.0, COMMON * num_rows):
+        return tuple(LONELY if one else f"{LONELY} in many rows" for one in lonely.tolist())
+    return tuple(LONELY if one else "" for one in lonely.tolist())
+
+
+def uncovered(
+    program: Program, rows: Rows, log_z: Tensor, *, seed: Seed, memory: int, num_starts: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Rows in which starts reach density that the guide does not cover.
+
+    Args:
+        program: model and guide.
+        rows: N rows.
+        log_z: log p(x) by the guide's draws, (N,).
+        seed: of the starts.
+        memory: bytes.
+        num_starts: of the ascent.
+
+    Returns:
+        boolean (N,), where the weight p / (p(x) r) at some end within ln 100 of the best passes e^3, or many rows have
+        such ends; and decoder evaluations, (N,).
+    """
+    with seeded(seed, rows[0].device):
+        starts = find_starts(program, rows, program.log_joint(rows), num_starts)
+    missed, cost = torch.zeros_like(log_z, dtype=torch.bool), torch.zeros_like(log_z, dtype=torch.long)
+    for index in torch.arange(len(log_z), device=log_z.device).split(gradient_rows(program, rows, starts, memory)):
+        some, row = take(rows, index), torch.arange(len(index), device=index.device).repeat(num_starts)
+        ends, values, spent = ascend(program, some, row, starts[:, index].flatten(0, 1), ASCENT_STEPS)
+        cost[index] += 2 * spent.unflatten(0, (num_starts, -1)).sum(0)
+        values, ends = values.unflatten(0, (num_starts, -1)), ends.unflatten(0, (num_starts, -1))
+        with torch.no_grad():
+            excess = values - log_z[index] - program.guide_density(some)(ends)
+        deep = values > values.amax(0) + math.log(DOUBTFUL_SHARE)
+        missed[index] = (deep & (excess > COVERED)).any(0)
+    return missed | (int(missed.sum()) > max(1.0, COMMON * len(missed))), cost
+
+
+def _plant(mixture: Mixture, u: Tensor, component: Tensor, log_share: Tensor, exact: Tensor) -> None:
+    """Put the posterior draw `exact` (1, N, D) among the draws u of each row, in place.
+
+    It belongs to component c with probability K_c r_c / sum_c' K_c' r_c', and takes the place of a draw of that component;
+    then the K draws have the density of the strata times their mean weight over p(x).
+    """
+    chance = torch.softmax(log_share + mixture.by_component(exact)[:, 0], 0)
+    chosen = torch.multinomial(chance.T, 1).T
+    place = (component == chosen).double().argmax(0)
+    row = torch.arange(u.shape[1], device=u.device)
+    u[place, row] = exact[0].to(u.dtype)
