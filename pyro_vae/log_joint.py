@@ -66,6 +66,7 @@ class LogJoint:
     Attributes:
         dim: D, the length of u.
         num_rows: N.
+        take: index (n,) -> the same of n of the rows, each as often as it is named.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class LogJoint:
         densities: Callable[..., Run],
         slots: Slots,
         num_rows: int,
+        rows_at: Callable[[Tensor], LogJoint],
     ) -> None:
-        self._densities, self._slots, self.num_rows = densities, slots, num_rows
+        self._densities, self._slots, self.num_rows, self.take = densities, slots, num_rows, rows_at
         self.dim = max(slot.stop for slot in slots.values())
 
     def __call__(self, u: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pyro_vae.rows import Rows, probe, take
 BUDGET = 2**30
 """Default byte budget, 1 GiB."""
 
-CACHE = 2**26
+CACHE = 2**27
 """Chunks are not made larger than this many bytes: enough to keep the cores busy, small enough to stay near the cache."""
 
 

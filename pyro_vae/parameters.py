@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import threading
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -152,19 +153,35 @@ def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
             leaf.requires_grad = False
 
 
+class _Judged(threading.local):
+    """The judgements that this thread has open, innermost last."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[Hashable, ...]] = []
+
+
+_judged = _Judged()
+
+
 @contextmanager
 def judging(modules: Mapping[str, nn.Module], *, validate: bool = False) -> Iterator[None]:
     """For the time of a judgement: modules in `eval()`, no new entry left in the param store, validation as asked.
 
-    All of it as before on leaving. Pyro's validation would end the run of all rows for the sake of one, so programs are
+    All of it as before on leaving; inside another judgement of the same modules there is nothing to do. Pyro's validation would end the run of all rows for the sake of one, so programs are
     checked with it and evaluated without; a value outside its support costs its own row, see `_Densities`.
     """
+    key = (validate, *map(id, modules.values()))
+    if _judged.open[-1:] == [key]:  # inside a judgement of the same program, which has seen to all of it
+        yield
+        return
     store = pyro.get_param_store()
     known = set(store.keys())
+    _judged.open.append(key)
     try:
         with evaluating(modules), pyro.validation_enabled(validate):
             yield
     finally:
+        _judged.open.pop()
         if not known.issuperset(store.keys()):
             # Not `del store[name]`: that fails on a tensor that has two names.
             state = store.get_state()

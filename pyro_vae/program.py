@@ -261,16 +261,20 @@ class Program:
     def log_joint(self, x: Data) -> LogJoint:
         """log p(x, z) per row as a function of one unconstrained vector, (K, N, D) -> (K, N)."""
         rows = as_rows(x)
-        return self._density(self.model, rows, self.layout(rows).model, self.layout(rows).prior)
+        layouts = self.layout(rows)
+        return self._density(self.model, rows, layouts, layouts.model, layouts.prior)
 
     def guide_density(self, x: Data) -> LogJoint:
         """log q(z | x) in the same form: of one unconstrained vector, or of named latents by `of_sites`."""
         rows = as_rows(x)
-        return self._density(self.guide, rows, self.layout(rows).guide, self.layout(rows).guide)
+        layouts = self.layout(rows)
+        return self._density(self.guide, rows, layouts, layouts.guide, layouts.guide)
 
-    def _density(self, function: PyroCallable, rows: Rows, whole: Layout, latents: Layout) -> LogJoint:
+    def _density(
+        self, function: PyroCallable, rows: Rows, layouts: Layouts, whole: Layout, latents: Layout
+    ) -> LogJoint:
         """The density of a model or guide, in the layouts that serve it as a whole and up to its latents."""
-        slots, modules = self.layout(rows).slots, self.modules_found()
+        modules = self.modules_found()
 
         def densities(
             particles: Mapping[str, Tensor], place_from: Callable[[Values], Place], until: frozenset[str] = frozenset()
@@ -283,7 +287,10 @@ class Program:
             with seeded(0, rows[0].device), judging(modules):
                 return run(function, rows, num_particles, layout, handler, particles)
 
-        return LogJoint(densities, slots, len(rows[0]))
+        def rows_at(index: Tensor) -> LogJoint:
+            return self._density(function, take(rows, index), layouts, whole, latents)
+
+        return LogJoint(densities, layouts.slots, len(rows[0]), rows_at)
 
     def log_weights(self, x: Data, num_particles: int, seed: Seed = 0) -> tuple[Tensor, Values]:
         """log p(x, z) - log q(z | x) for K draws of the guide, (K, N) float64, and the draws."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_vae.evidence.cascade import BLOCK_NUMBERS, BLOCK_ROWS, LEVELS, Block, Level
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.memory import BUDGET
+from pyro_vae.parameters import judging
 from pyro_vae.posterior.engine import Engine
 from pyro_vae.posterior.particles import Particles
 from pyro_vae.program import Program
@@ -82,12 +83,13 @@ def log_evidence(
     if len(index) == 0:
         return estimate
     report = on_block or (lambda *_: None)
-    if method is None:
-        return _cascade(program, rows, index, estimate, aim, seed, memory, report)
-    # Bad rows keep their place, filled with a good row's values, so that all other rows keep their random numbers.
-    everything = torch.arange(len(good), device=good.device)
-    filled = take(rows, torch.where(good, everything, index[0]))
-    done, _ = _finished(_one_method(program, filled, method, options, seed, report))
+    with judging(program.modules_found()):
+        if method is None:
+            return _cascade(program, rows, index, estimate, aim, seed, memory, report)
+        # Bad rows keep their place, filled with a good row's values, so that all other rows keep their random numbers.
+        everything = torch.arange(len(good), device=good.device)
+        filled = take(rows, torch.where(good, everything, index[0]))
+        done, _ = _finished(_one_method(program, filled, method, options, seed, report))
     reached = index[index < len(done)]
     return estimate.put(reached, done.take(reached))
 

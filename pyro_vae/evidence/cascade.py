@@ -44,6 +44,9 @@ APART = 4.0
 PREPARED, PILOT, REPORTED, CHECKED = 0, 1, 2, 3
 """Sub-streams of a block's seed."""
 
+RETRIED = 100
+"""Added to the number of a report when it is made again."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -62,12 +65,13 @@ class Level:
     most: int
 
 
+# Eight draws tell the hopeless from the rest; larger pilots judge. Few starts serve most rows, 64 the most rugged ones.
 LEVELS = (
-    Level(FromGuide(), (32, 256), 128, 2**11),
-    Level(Laplace(num_starts=4), (64, 256), 100, 2**13),
+    Level(FromGuide(), (8, 64, 256), 128, 2**11),
+    Level(Laplace(num_starts=4), (64, 256, 1024), 100, 2**13),
     Level(Laplace(num_starts=16), (256, 1024), 256, 2**15),
     Level(Laplace(num_starts=64), (1024,), 1024, 2**15),
-    Level(Annealed(start=functools.partial(at_modes, num_starts=16)), (32,), 64, 2**11),
+    Level(Annealed(start=functools.partial(at_modes, num_starts=16)), (32,), 64, 2**10),
 )
 
 
@@ -139,8 +143,8 @@ class Block:
             failed.append((index, sampler))
         if last:
             for number, (left, its_sampler) in enumerate(failed):
-                most = torch.full((len(left),), float(self.level.most), device=left.device)
-                self._report(left, its_sampler, most, len(self.level.pilots) + number)
+                least = torch.full((len(left),), float(self.level.least), device=left.device)
+                self._report(left, its_sampler, least, len(self.level.pilots) + number)
         return replace(self.estimate, evaluations=self.spent)
 
     def _draw(self, sampler: Sampler, index: Tensor, count: int, seed: int) -> Particles:
@@ -163,12 +167,23 @@ class Block:
         return passed
 
     def _report(self, index: Tensor, sampler: Sampler, counts: Tensor, number: int) -> None:
-        """Fresh draws for the rows at `index`, as many as `counts` says, in steps of a factor of two."""
+        """Fresh draws for the rows at `index`, as many as `counts` says, in steps of a factor of two.
+
+        Where they fail by chance, in rows of which the sampler has no doubt, four times as many are drawn anew.
+        """
         steps = torch.ceil(torch.log2(counts / self.level.least)).clamp_min(0.0).long()
         for step in steps.unique().tolist():
             count = min(self.level.least * 2**step, self.level.most)
             size = max(1, BLOCK_NUMBERS // (count * self.dim))
+            failed = []
             for piece, part in enumerate((steps == step).nonzero().flatten().split(size)):
+                some = sampler.take(part)
                 seed = derive(self.seed, REPORTED, number, step, piece)
-                particles = self._draw(sampler.take(part), index[part], count, seed)
-                self._put(index[part], Judgement(particles, self.target).reported(self.target))
+                estimate = Judgement(self._draw(some, index[part], count, seed), self.target).reported(self.target)
+                self._put(index[part], estimate)
+                sure = torch.tensor([not doubt for doubt in some.doubts], device=part.device)
+                failed.append(part[~estimate.reliable & sure])
+            left = torch.cat(failed)
+            if len(left) and 4 * count <= self.level.most:
+                four = torch.full((len(left),), 4.0 * count, device=left.device)
+                self._report(index[left], sampler.take(left), four, number + RETRIED)

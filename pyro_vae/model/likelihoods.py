@@ -13,6 +13,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyro_vae.model.component import Component
+from pyro_vae.model.normal import Normal as SharedNormal
 from pyro_vae.model.scales import Fixed, FromNetwork, Learned, Scale
 from pyro_vae.rows import row_blocks
 
@@ -69,7 +70,7 @@ class Normal(Likelihood):
     def forward(self, z: Tensor) -> Any:
         """N(f(z), s^2), the event being everything but the dimensions that z counts rows with."""
         loc = self.decoder(z)
-        return dist.Normal(loc, self.scale(z)).to_event(loc.dim() - z.dim() + 1)
+        return SharedNormal(loc, self.scale(z)).to_event(loc.dim() - z.dim() + 1)
 
     def check_training(self, x: Tensor) -> None:
         """See `Scale.check_training`."""

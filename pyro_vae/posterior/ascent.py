@@ -12,19 +12,18 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from pyro_vae.log_joint import LogJoint
 from pyro_vae.posterior.derivatives import value_and_gradient
-from pyro_vae.program import Program
-from pyro_vae.rows import Rows, take
 
 MEMORY = 6
 """Pairs of steps and gradient changes that are kept."""
 
 SUFFICIENT, SHORTER = 1e-4, 0.25
 
-CONVERGED = 1e-3
+CONVERGED = 1e-2
 """A problem is done when its next step promises to gain fewer nats."""
 
-LOOK = 5
+LOOK = 3
 """Converged problems are looked for every so many steps."""
 
 
@@ -48,12 +47,11 @@ class _State:
         return _State(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-def ascend(program: Program, rows: Rows, row: Tensor, starts: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def ascend(log_joint: LogJoint, row: Tensor, starts: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Climb the log joint from each start.
 
     Args:
-        program: gives the log joint.
-        rows: N rows.
+        log_joint: of N rows.
         row: of which row each problem is, (P,), integers.
         starts: (P, D), unconstrained.
         steps: at most; each costs one gradient.
@@ -62,7 +60,7 @@ def ascend(program: Program, rows: Rows, row: Tensor, starts: Tensor, steps: int
         the ends (P, D), the log joint there (P,), float64 in nats, -inf where no density was found; gradients spent, (P,).
     """
     count, dim = starts.shape
-    value, gradient = _evaluate(program, rows, row, starts)
+    value, gradient = _evaluate(log_joint, row, starts)
     one = torch.ones_like(starts[:, 0])
     past = starts.new_zeros(count, MEMORY, dim)
     state = _State(
@@ -79,7 +77,7 @@ def ascend(program: Program, rows: Rows, row: Tensor, starts: Tensor, steps: int
     )
     ends, values, spent = state.u.clone(), value.clone(), torch.ones_like(state.at)
     for step in range(steps):
-        _step(state, program, rows, row, step)
+        _step(state, log_joint, row, step)
         spent[state.at] += 1
         if step % LOOK == LOOK - 1 or step == steps - 1:
             ends[state.at], values[state.at] = state.u, state.value
@@ -92,7 +90,7 @@ def ascend(program: Program, rows: Rows, row: Tensor, starts: Tensor, steps: int
     return ends, values, spent
 
 
-def _step(state: _State, program: Program, rows: Rows, row: Tensor, step: int) -> None:
+def _step(state: _State, log_joint: LogJoint, row: Tensor, step: int) -> None:
     """One step of all problems, in place."""
     direction = _direction(state, step)
     slope = (direction * state.gradient).sum(-1)
@@ -101,7 +99,7 @@ def _step(state: _State, program: Program, rows: Rows, row: Tensor, step: int) -
     longest = 2.0 * direction.shape[-1] ** 0.5 / direction.norm(dim=-1).clamp_min(1e-12)
     length = state.share * longest.clamp_max(1.0)
     u = state.u + length[:, None] * direction
-    value, gradient = _evaluate(program, rows, row[state.at], u)
+    value, gradient = _evaluate(log_joint, row[state.at], u)
     better = value > state.value + SUFFICIENT * (length * slope).double()
     moved, change = u - state.u, state.gradient - gradient
     curvature = (moved * change).sum(-1)
@@ -132,6 +130,6 @@ def _direction(state: _State, step: int) -> Tensor:
     return torch.where(upward, q, state.gradient * state.gamma[:, None])
 
 
-def _evaluate(program: Program, rows: Rows, row: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    value, gradient = value_and_gradient(program.log_joint(take(rows, row)), u[None])
+def _evaluate(log_joint: LogJoint, row: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    value, gradient = value_and_gradient(log_joint.take(row), u[None])
     return value[0], gradient[0]

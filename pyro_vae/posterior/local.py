@@ -113,9 +113,9 @@ class Laplace(Engine):
         """See `Engine.prepare`: modes, covariances and centres."""
         positive(num_starts=self.num_starts)
         with seeded(seed, rows[0].device):
-            starts = find_starts(program, rows, program.log_joint(rows), self.num_starts)
+            starts = find_starts(program, rows, self.num_starts)
             modes, cost = find_modes(program, rows, starts, memory)
-            modes = centred(program, rows, modes, memory)
+            modes = centred(program.log_joint(rows), modes, rows[0].dtype)
         cost += 4 * PAIRS * torch.bincount(modes.row, minlength=len(cost))
         mixture = Mixture.at(modes, len(rows[0]))
         return LocalSampler(program, rows, mixture, cost, _doubts(mixture, self.num_starts), memory)
@@ -124,8 +124,9 @@ class Laplace(Engine):
 laplace = Laplace()
 
 
-def find_starts(program: Program, rows: Rows, log_joint: LogJoint, num_starts: int) -> Tensor:
+def find_starts(program: Program, rows: Rows, num_starts: int) -> Tensor:
     """The guide's centre (mean of some draws, in u), draws of the prior, and draws of the guide twice as wide: (S, N, D)."""
+    log_joint = program.log_joint(rows)
     with torch.no_grad():
         draws = log_joint.flatten(program.sample(rows, 16)[0])
         centre = draws.mean(0, keepdim=True)
@@ -136,7 +137,7 @@ def find_starts(program: Program, rows: Rows, log_joint: LogJoint, num_starts: i
         return torch.cat(starts)
 
 
-def centred(program: Program, rows: Rows, modes: Modes, memory: int) -> Modes:
+def centred(log_joint: LogJoint, modes: Modes, dtype: torch.dtype) -> Modes:
     """Each mode moved by P^-1 E[grad log p(x, u)] under its Gaussian, towards the mean of its bump; by the ambient generator."""
     parts = []
     # A block of modes at a time, of the size that the ascent worked on.
@@ -144,9 +145,8 @@ def centred(program: Program, rows: Rows, modes: Modes, memory: int) -> Modes:
         some = modes.take(index)
         noise = torch.randn(PAIRS, *some.u.shape, dtype=torch.float64, device=some.u.device)
         away = some.shape.colour(noise)
-        points = torch.cat([some.u + away, some.u - away]).to(rows[0].dtype)
-        log_joint = program.log_joint(take(rows, some.row))
-        gradient = torch.cat([value_and_gradient(log_joint, part)[1] for part in points.split(4)])
+        points, there = torch.cat([some.u + away, some.u - away]).to(dtype), log_joint.take(some.row)
+        gradient = torch.cat([value_and_gradient(there, part)[1] for part in points.split(4)])
         step = some.shape.precondition(gradient.double().mean(0, keepdim=True))
         step = step * (LONGEST_MOVE / step.norm(dim=-1, keepdim=True).clamp_min(LONGEST_MOVE))
         parts.append(some.u + some.shape.colour(step)[0])
@@ -182,15 +182,15 @@ def uncovered(
         such ends; and decoder evaluations, (N,).
     """
     with seeded(seed, rows[0].device):
-        starts = find_starts(program, rows, program.log_joint(rows), num_starts)
+        starts, log_joint = find_starts(program, rows, num_starts), program.log_joint(rows)
     missed, cost = torch.zeros_like(log_z, dtype=torch.bool), torch.zeros_like(log_z, dtype=torch.long)
     for index in torch.arange(len(log_z), device=log_z.device).split(gradient_rows(program, rows, starts, memory)):
-        some, row = take(rows, index), torch.arange(len(index), device=index.device).repeat(num_starts)
-        ends, values, spent = ascend(program, some, row, starts[:, index].flatten(0, 1), ASCENT_STEPS)
+        row = torch.arange(len(index), device=index.device).repeat(num_starts)
+        ends, values, spent = ascend(log_joint.take(index), row, starts[:, index].flatten(0, 1), ASCENT_STEPS)
         cost[index] += 2 * spent.unflatten(0, (num_starts, -1)).sum(0)
         values, ends = values.unflatten(0, (num_starts, -1)), ends.unflatten(0, (num_starts, -1))
         with torch.no_grad():
-            excess = values - log_z[index] - program.guide_density(some)(ends)
+            excess = values - log_z[index] - program.guide_density(take(rows, index))(ends)
         deep = values > values.amax(0) + math.log(DOUBTFUL_SHARE)
         missed[index] = (deep & (excess > COVERED)).any(0)
     return missed | (int(missed.sum()) > max(1.0, COMMON * len(missed))), cost

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_vae.log_joint import LogJoint
 from pyro_vae.memory import BUDGET, gradient_rows
 from pyro_vae.posterior.ascent import ascend
 from pyro_vae.posterior.derivatives import Local
 from pyro_vae.posterior.lanczos import RANK, lanczos
 from pyro_vae.posterior.shapes import Dense, LowRank, Shape, positive
 from pyro_vae.program import Program
-from pyro_vae.rows import Rows, take
+from pyro_vae.rows import Rows
 
 DEPTH = 8.0
 """Modes more than so many nats below the best one of their row are left out: they hold less than e^-8 of its height."""
@@ -32,7 +33,7 @@ DEPTH = 8.0
 LARGEST_DENSE = 256
 """D up to which Hessians are built."""
 
-ASCENT_STEPS, LONG_ASCENT_STEPS, NEWTON_STEPS = 25, 100, 4
+ASCENT_STEPS, LONG_ASCENT_STEPS, NEWTON_STEPS = 40, 200, 4
 """At most; the long ascent is the one without a Newton run after it."""
 
 CLOSE = 0.05
@@ -99,14 +100,14 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
         the modes, at least one for each row, ordered by row and then by mass, largest first (a row without a finite density
         has a unit one at its first start, of no visits); and the decoder evaluations spent on each row, (N,).
     """
-    num_rows, device = len(rows[0]), starts.device
+    log_joint, num_rows, device = program.log_joint(rows), len(rows[0]), starts.device
     step = gradient_rows(program, rows, starts, memory)
     # A Gaussian of twice the starts' spread: that of the prior, where prior draws are among them.
     least = 0.25 / starts.double().var().clamp_min(1e-6)
     cost = torch.zeros(num_rows, dtype=torch.long, device=device)
     parts = []
     for index in torch.arange(num_rows, device=device).split(step):
-        for modes in _find_modes(program, take(rows, index), starts[:, index], least, cost[index[0] : index[-1] + 1]):
+        for modes in _find_modes(log_joint.take(index), starts[:, index], least, cost[index[0] : index[-1] + 1]):
             parts.append(Modes(index[modes.row], modes.u, modes.value, modes.shape, modes.visits))
     alone = torch.ones(num_rows, dtype=torch.bool, device=device)
     for part in parts:
@@ -117,12 +118,12 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
     return modes.take(by_mass[torch.argsort(modes.row[by_mass], stable=True)]), cost
 
 
-def _find_modes(program: Program, rows: Rows, starts: Tensor, least: Tensor, cost: Tensor) -> list[Modes]:
+def _find_modes(log_joint: LogJoint, starts: Tensor, least: Tensor, cost: Tensor) -> list[Modes]:
     """The modes of some rows, in the order of the rounds that found them; adds to `cost`, (N,)."""
     count, num_rows, dim = starts.shape
     row = torch.arange(num_rows, device=starts.device).repeat(count)
     steps = ASCENT_STEPS if dim <= LARGEST_DENSE else LONG_ASCENT_STEPS
-    ends, values, spent = ascend(program, rows, row, starts.flatten(0, 1), steps)
+    ends, values, spent = ascend(log_joint, row, starts.flatten(0, 1), steps)
     cost.index_add_(0, row, 2 * spent)
     u, value = ends.unflatten(0, (count, num_rows)).double(), values.unflatten(0, (count, num_rows))
     left, best = torch.isfinite(value), torch.full_like(value[0], -torch.inf)
@@ -133,7 +134,7 @@ def _find_modes(program: Program, rows: Rows, starts: Tensor, least: Tensor, cos
         if len(index) == 0:
             break
         refine = newton if dim <= LARGEST_DENSE else without_hessian
-        modes = refine(program, rows, index, ends.unflatten(0, (count, num_rows))[which[index], index], least, cost)
+        modes = refine(log_joint, index, ends.unflatten(0, (count, num_rows))[which[index], index], least, cost)
         distance = modes.shape.whiten(u[:, index] - modes.u).square().sum(-1)
         mine = left[:, index] & (value[:, index] <= modes.value - 0.5 * distance + 1.0)
         mine[which[index], torch.arange(len(index), device=index.device)] = True
@@ -143,18 +144,17 @@ def _find_modes(program: Program, rows: Rows, starts: Tensor, least: Tensor, cos
     return found
 
 
-def newton(program: Program, rows: Rows, index: Tensor, start: Tensor, least: Tensor, cost: Tensor) -> Modes:
+def newton(log_joint: LogJoint, index: Tensor, start: Tensor, least: Tensor, cost: Tensor) -> Modes:
     """Damped Newton from one start (P, D) for each of the rows `index` (P,); see `shapes.positive` for `least`."""
     dim, dtype = start.shape[-1], start.dtype
     u, value = start.double(), torch.full((len(index),), -torch.inf, dtype=torch.float64, device=start.device)
     found = Dense.unit(len(index), dim, start.device)
     going = torch.arange(len(index), device=start.device)
     for _ in range(NEWTON_STEPS):
-        log_joint = program.log_joint(take(rows, index[going]))
-        local = Local(log_joint, u[going].to(dtype)[None])
+        local = Local(log_joint.take(index[going]), u[going].to(dtype)[None])
         shape = positive(-local.hessian()[0], least)
         half = shape.precondition(torch.nan_to_num(local.gradient, nan=0.0, posinf=0.0, neginf=0.0))
-        u[going], value[going] = _line_search(program, rows, index[going], u[going], shape.colour(half)[0], local, dtype)
+        u[going], value[going] = _line_search(log_joint.take(index[going]), u[going], shape.colour(half)[0], local.value[0], dtype)
         found.factor[going], found.inverse[going] = shape.factor, shape.inverse
         cost[index[going]] += 3 + dim
         # The curvature is not computed again after the last step, which moved the mode by a fraction of its width.
@@ -165,17 +165,17 @@ def newton(program: Program, rows: Rows, index: Tensor, start: Tensor, least: Te
 
 
 def _line_search(
-    program: Program, rows: Rows, index: Tensor, u: Tensor, step: Tensor, local: Local, dtype: torch.dtype
+    log_joint: LogJoint, u: Tensor, step: Tensor, value: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Where the whole step (P, D) leads, or a shorter one where that is down, or nowhere; and the values there."""
+    """Where the whole step (P, D) leads from u, or a shorter one where that is down, or nowhere; and the values there."""
 
     def at(which: Tensor, points: Tensor) -> Tensor:
         with torch.no_grad():
-            values = program.log_joint(take(rows, index[which]))(points.to(dtype))
+            values = log_joint.take(which)(points.to(dtype))
         return torch.nan_to_num(values, nan=-torch.inf, posinf=-torch.inf)
 
-    everyone = torch.arange(len(index), device=index.device)
-    best, end = torch.nan_to_num(local.value[0], nan=-torch.inf), u.clone()
+    everyone = torch.arange(len(u), device=u.device)
+    best, end = torch.nan_to_num(value, nan=-torch.inf), u.clone()
     whole = at(everyone, (u + step)[None])[0]
     better = whole >= best
     end[better], best = (u + step)[better], torch.where(better, whole, best)
@@ -189,12 +189,12 @@ def _line_search(
     return end, best
 
 
-def without_hessian(program: Program, rows: Rows, index: Tensor, start: Tensor, least: Tensor, cost: Tensor) -> Modes:
+def without_hessian(log_joint: LogJoint, index: Tensor, start: Tensor, least: Tensor, cost: Tensor) -> Modes:
     """As `newton` for ends (P, D) of a long ascent: shapes by `lanczos`, one Newton step in those directions."""
-    local = Local(program.log_joint(take(rows, index)), start[None])
+    local = Local(log_joint.take(index), start[None])
     shape = lanczos(local, least)
     step = shape.colour(shape.precondition(torch.nan_to_num(local.gradient, nan=0.0, posinf=0.0, neginf=0.0)))[0]
-    u, value = _line_search(program, rows, index, start.double(), step, local, start.dtype)
+    u, value = _line_search(log_joint.take(index), start.double(), step, local.value[0], start.dtype)
     cost[index] += 3 + RANK
     return Modes(index, u, value, shape, torch.zeros_like(index))
 
