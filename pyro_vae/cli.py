@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -68,7 +68,7 @@ def app(*, debug: bool) -> None:
     Examples:
       pyro-vae demo
       pyro-vae fit digits --latent 8 --transform dequantise --out runs/a
-      pyro-vae evaluate runs/a --method guide --particles 5000
+      pyro-vae evaluate runs/a
       pyro-vae generate runs/a -n 64 --out samples.png
     """  # noqa: D301 - click reads the \b
 
@@ -142,57 +142,47 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
 @app.command()
 @click.argument("run", type=FOLDER)
 @click.option(
-    "--method", type=click.Choice(["guide", "laplace", "annealed", "prior", "exact"]), default="guide", help="How."
+    "--method",
+    type=click.Choice(["cascade", "guide", "laplace", "annealed", "prior", "exact"]),
+    default="cascade",
+    help="How; the cascade takes for each row the cheapest of them that serves it.",
 )
-@click.option("--particles", type=COUNT, help="Particles a row; by default the method's own number.")
+@click.option("--particles", type=COUNT, help="Of a --method, a row; by default the method's own number.")
+@click.option("--target", type=POSITIVE, help="Of the cascade: largest standard error of a row, in nats.  [default: 0.05]")
+@click.option(
+    "--bounds",
+    type=click.IntRange(min=0),
+    help="The first so many rows get an upper and a lower bound.  [default: 200 with the cascade, else 0]",
+)
 @click.option("--seed", default=0, help="Of the draws.")
 @click.option("--rows", type=COUNT, help="Only the first so many held-out rows.")
+@click.option("--figures/--no-figures", default=True, help="Draw convergence, k-hat and bounds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def evaluate(*, run: Path, method: str, particles: int | None, seed: int, rows: int | None, as_json: bool) -> None:
-    """Estimate log p(x) of the held-out rows of RUN; writes RUN/evidence.csv.
+def evaluate(*, run: Path, rows: int | None, figures: bool, as_json: bool, **options: Any) -> None:
+    """Estimate log p(x) of the held-out rows of RUN; writes RUN/evidence.csv and figures.
+
+    Ctrl-C stops early and keeps what is finished.
 
     \b
     Examples:
       pyro-vae evaluate runs/a
+      pyro-vae evaluate runs/a --target 0.01 --bounds 500
       pyro-vae evaluate runs/a --method guide --particles 5000 --json
     """  # noqa: D301 - click reads the \b
-    from rich.progress import Progress
-
-    from pyro_vae import evidence, posterior
-    from pyro_vae.files import write_bytes
+    from pyro_vae.report import bars, evaluation
     from pyro_vae.runs import Run
 
-    folder, opened = run, Run.open(run)
-    methods: dict[str, Any] = {
-        "guide": posterior.from_guide,
-        "laplace": posterior.laplace,
-        "annealed": posterior.annealed,
-        "prior": posterior.from_prior,
-        "exact": evidence.exact,
-    }
+    asked, opened = evaluation.Asked(**options), Run.open(run)
     vae, x = opened.fitted(), opened.view(opened.data()[1].test.x)[:rows]
-    with Progress(disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("log p(x), rows", total=len(x))
-        estimate = evidence.log_evidence(
-            vae,
-            x,
-            method=methods[method],
-            num_particles=particles,
-            seed=seed,
-            on_block=lambda done: bar.update(task, completed=done),
-        )
-    write_bytes(folder / "evidence.csv", estimate.to_dataframe().to_csv(index=False).encode())
-    about = {
-        "run": str(folder),
-        "method": method,
-        "rows": len(estimate),
-        "mean": estimate.mean,
-        "mean_standard_error": estimate.mean_standard_error,
-        "data_standard_error": estimate.data_standard_error,
-        "mean_bias": float(estimate.bias.mean()),
-        "reliable": int(estimate.reliable.sum()),
-    }
-    _say(as_json, about, f"{estimate}\nrows are in {folder / 'evidence.csv'}")
+    try:
+        with bars.on_stderr() as progress:
+            found = evaluation.run(vae, x, asked, run, figures=figures, progress=progress)
+    except KeyboardInterrupt:
+        _fail(130, f"stopped before any rows were finished; {run / evaluation.CSV} was not written.")
+    drawn = f", figures in {', '.join(found.figures)}" if found.figures else ""
+    _say(as_json, {"run": str(run), **found.to_dict()}, f"{found}\nrows are in {run / evaluation.CSV}{drawn}")
+    if found.interrupted:
+        _fail(130, f"stopped; the rows that were finished are in {run / evaluation.CSV}.")
 
 
 @app.command()
@@ -293,6 +283,6 @@ def _hinted(message: str) -> str:
     return message if options is None else f"{message} On the command line: {options}."
 
 
-def _fail(code: int, message: str) -> None:
+def _fail(code: int, message: str) -> NoReturn:
     click.echo(f"pyro-vae: {' '.join(message.split())}", err=True)
     raise SystemExit(code)

@@ -7,7 +7,7 @@ drawn inside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_vae.layouts import Values
+from pyro_vae.layouts import KEPT, Values
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows, probe, take
@@ -25,6 +25,15 @@ BUDGET = 2**30
 
 CACHE = 2**27
 """Chunks are not made larger than this many bytes: enough to keep the cores busy, small enough to stay near the cache."""
+
+
+BLOCK_ROWS, BLOCK_NUMBERS = 512, 2**22
+"""Rows of a block, and the numbers that its particles hold (rows x K x D), at most, or those of one row."""
+
+
+def block_rows(num_particles: int, dim: int) -> int:
+    """Rows that a block may have, of K particles in D dimensions: no byte budget changes it, nor what is drawn."""
+    return max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // (num_particles * dim)))
 
 
 class _Tally(TorchDispatchMode):
@@ -96,8 +105,21 @@ def at_u(log_joint: LogJoint, values: Values) -> Tensor:
 
 
 def bytes_needed(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]) -> tuple[int, int]:
-    """Bytes of one particle of one row, and those that any number of them share, from small runs of 4 and of 2 rows."""
+    """Bytes of one particle of one row, and those that any number of them share, from small runs of 4 and of 2 rows.
 
+    Shapes alone decide them, so a program remembers the last few.
+    """
+    cache: dict[Hashable, tuple[int, int]] = program.__dict__.setdefault("_bytes_needed", {})
+    shapes = [(part.shape[1:], part.dtype) for part in rows] + [(name, v.shape[2:], v.dtype) for name, v in z.items()]
+    key = (density, *shapes)
+    if key not in cache:
+        cache[key] = _measure(program, rows, z, density)
+        for old in list(cache)[:-KEPT]:
+            del cache[old]
+    return cache[key]
+
+
+def _measure(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]) -> tuple[int, int]:
     def run(count: int) -> int:
         log_joint = program.log_joint(probe(rows, count))
         index = torch.arange(count) % len(rows[0])

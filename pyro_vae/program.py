@@ -316,6 +316,10 @@ class Program:
         drawn = {name: (data, simulation.values.pop(name)) for name, data in simulation.data.items()}
         return replace(rows, drawn), simulation.values
 
+    def template(self, count: int) -> Rows:
+        """Rows to simulate `count` rows by, see `simulate`; a `VAE` has them."""
+        raise ValueError(f"The shapes of {count} simulated rows are not known: give like=x, some rows of real data.")
+
     def layout(self, rows: Rows) -> Layouts:
         """How particles go through this program: found out once for each shape of row and state of the parameters.
 

@@ -119,6 +119,12 @@ def row_blocks(count: int, size: int = 8192) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
+def even_blocks(index: Tensor, most: int) -> Iterator[Tensor]:
+    """`index` (n,) in the fewest parts of at most `most` entries, evened out; none of an empty one."""
+    parts = -(-len(index) // most)
+    return iter(index.split(-(-len(index) // parts)) if parts else ())
+
+
 def finite_rows(rows: Rows) -> Tensor:
     """Which rows hold no NaN and no infinity, boolean (N,)."""
     good = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)

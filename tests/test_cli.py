@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from matplotlib import image
 import pyro_vae as pv
 from pyro_vae import cli
 from pyro_vae.learning import checkpoint
-from pyro_vae.report import demo
+from pyro_vae.report import bars, demo
 
 TINY = ["--latent", "2", "--hidden", "8", "--epochs", "2", "--batch-size", "256"]
 
@@ -53,6 +54,14 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the digits."""
     out = tmp_path_factory.mktemp("runs") / "a"
     assert run("fit", "digits", *TINY, "--transform", "dequantise", "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three latent dimensions, too many for quadrature."""
+    out = tmp_path_factory.mktemp("runs") / "deep"
+    assert run("fit", "digits", *TINY, "--latent", "3", "--transform", "dequantise", "--out", out) == 0
     return out
 
 
@@ -133,8 +142,9 @@ def test_evaluate_writes_rows_and_json(fitted: Path, capsys: pytest.CaptureFixtu
 
 
 def test_evaluate_is_the_librarys_answer_on_the_held_out_rows(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("evaluate", fitted, "--particles", "20", "--seed", "3", "--rows", "15") == 0
-    assert re.match(r"log p\(x\) = -?[\d.]+ nats a row", capsys.readouterr().out)
+    words = ["--method", "guide", "--particles", "20", "--seed", "3", "--rows", "15"]
+    assert run("evaluate", fitted, *words) == 0
+    assert re.search(r"^log p\(x\) = -?[\d.]+ nats a row", capsys.readouterr().out, re.MULTILINE)
     from pyro_vae.runs import Run
 
     opened = Run.open(fitted)
@@ -144,11 +154,78 @@ def test_evaluate_is_the_librarys_answer_on_the_held_out_rows(fitted: Path, caps
     assert rows["log_p"].tolist() == pytest.approx(estimate.log_p.tolist(), rel=1e-6)
 
 
+def test_evaluate_by_the_cascade(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--rows", "25", "--bounds", "10", "--target", "0.1", "--seed", "4"]
+    assert run("evaluate", fitted, *words, "--json") == 0
+    out, err = capsys.readouterr()
+    assert err == ""  # no bars where there is no terminal
+    about = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    rows = pd.read_csv(fitted / "evidence.csv")
+    assert about["method"] == "cascade"
+    assert about["rows"] == len(rows) == 25
+    assert about["reliable"] == rows["reliable"].sum()
+    assert {name: told["rows"] for name, told in about["engines"].items()} == rows["engine"].value_counts().to_dict()
+    assert (rows["standard_error"][rows["reliable"]] <= 0.1).all()
+    assert rows["upper"].notna().tolist() == [True] * 10 + [False] * 15
+    box = about["sandwich"]
+    assert box["rows"] == 10
+    assert box["lower"] == pytest.approx(rows["lower"][:10].mean())
+    assert box["upper"] - box["lower"] == pytest.approx(box["mean_width"])
+    # Independent estimates of the same rows, one of them between bounds.
+    error = np.hypot(rows["standard_error"], rows[["lower_standard_error", "upper_standard_error"]].max(axis=1))[:10]
+    assert (rows["log_p"][:10] > rows["lower"][:10] - 5.0 * error).all()
+    assert (rows["log_p"][:10] < rows["upper"][:10] + 5.0 * error).all()
+    figures = {"evidence_convergence.png", "evidence_pareto_k.png", "evidence_sandwich.png"}
+    assert set(about["figures"]) == figures
+    assert all(image.imread(fitted / name).std() > 0.01 for name in figures)
+
+
+def test_evaluate_says_what_it_did(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", fitted, "--rows", "10", "--bounds", "3", "--no-figures") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].split() == "engine rows evaluations a row standard error, nats reliable".split()
+    told = [line.split()[0] for line in lines[2 : lines.index("")]]
+    assert set(told) == set(pd.read_csv(fitted / "evidence.csv")["engine"])
+    assert lines[-1] == f"rows are in {fitted / 'evidence.csv'}"
+    assert not list(fitted.glob("evidence*.png"))  # those of an earlier evaluation are of other rows
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bars.Bars, "on_block", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run("evaluate", fitted, "--rows", "10", "--json") == 130
+    out, err = capsys.readouterr()
+    assert json.loads(out)["interrupted"]
+    assert len(pd.read_csv(fitted / "evidence.csv")) == 10
+    assert err == f"pyro-vae: stopped; the rows that were finished are in {fitted / 'evidence.csv'}.\n"
+
+
+def test_ctrl_c_before_anything_is_finished(
+    fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pv.evidence, "log_evidence", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert run("evaluate", fitted) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"pyro-vae: stopped before any rows were finished; .*evidence\.csv was not written\.\n", err)
+
+
 @pytest.mark.parametrize("method", ["prior", "laplace", "annealed"])
 def test_the_other_methods(method: str, fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate", fitted, "--method", method, "--particles", "30", "--rows", "4", "--json") == 0
     assert json.loads(capsys.readouterr().out)["method"] == method
     assert set(pd.read_csv(fitted / "evidence.csv")["engine"]) == {method}
+
+
+def test_quadrature_of_two_latent_dimensions(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", fitted, "--rows", "4", "--bounds", "0", "--no-figures") == 0
+    by_particles = pd.read_csv(fitted / "evidence.csv")
+    assert run("evaluate", fitted, "--method", "exact", "--rows", "4") == 0
+    rows = pd.read_csv(fitted / "evidence.csv")
+    assert set(rows["engine"]) == {"quadrature"}
+    assert rows["lower"].tolist() == rows["upper"].tolist() == rows["log_p"].tolist()
+    assert ((by_particles["log_p"] - rows["log_p"]).abs() < 5.0 * by_particles["standard_error"]).all()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])
@@ -166,9 +243,9 @@ def test_generate(suffix: str, mean: bool, fitted: Path, tmp_path: Path, capsys:
 
 
 def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    few = {name: (method, 20) for name, (method, _) in demo.METHODS.items()}
+    few = {name: (method, count and 20) for name, (method, count) in demo.METHODS.items()}
     monkeypatch.setattr(demo, "METHODS", few)
-    assert run("demo", "--epochs", "1", "--out", tmp_path / "demo", "--json") == 0
+    assert run("demo", "--epochs", "3", "--out", tmp_path / "demo", "--json") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["out"] == str(tmp_path / "demo")
     assert (tmp_path / "demo" / "vae.safetensors").exists()
@@ -225,12 +302,26 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no run": (["evaluate", "OUT"], r"holds no run: there is no run\.json in it\. Begin with `pyro-vae fit`"),
     "method": (
         ["evaluate", "RUN", "--method", "magic"],
-        r"'magic' is not one of 'guide', 'laplace', 'annealed', 'prior', 'exact'",
+        r"'magic' is not one of 'cascade', 'guide', 'laplace', 'annealed', 'prior', 'exact'",
     ),
     "particles 0": (["evaluate", "RUN", "--particles", "0"], r"'--particles': 0 is not in the range x>=1"),
     "particles": (["evaluate", "RUN", "--particles", "-5"], r"'--particles': -5 is not"),
     "rows": (["evaluate", "RUN", "--rows", "0"], r"'--rows': 0 is not in the range x>=1"),
-    "not exact": (["evaluate", "RUN", "--method", "exact"], r"quadratic|linear"),
+    "particles of the cascade": (
+        ["evaluate", "RUN", "--particles", "500"],
+        r": --particles 500 needs --method guide, .*: the cascade .*; give --target for its accuracy\.$",
+    ),
+    "target of a method": (
+        ["evaluate", "RUN", "--method", "guide", "--target", "0.1"],
+        r": --target 0\.1 is for the cascade: leave it out, or --method guide\.$",
+    ),
+    "target": (["evaluate", "RUN", "--target", "0"], r"'--target': 0.0 is not in the range x>0"),
+    "bounds": (["evaluate", "RUN", "--bounds", "-1"], r"'--bounds': -1 is not in the range x>=0"),
+    "particles of exact": (
+        ["evaluate", "RUN", "--method", "exact", "--particles", "9"],
+        r": --particles 9: --method exact draws none, leave it out\.$",
+    ),
+    "not exact": (["evaluate", "DEEP", "--method", "exact"], r"quadratic|linear"),
     "no run to draw from": (["generate", "OUT", "--out", "a.png"], r"holds no run"),
     "suffix": (["generate", "RUN", "--out", "a.gif"], r"--out a\.gif must end in \.png, \.npy or \.csv"),
     "count": (["generate", "RUN", "-n", "0", "--out", "a.npy"], r"'-n': 0 is not in the range x>=1"),
@@ -242,15 +333,16 @@ TOLD_BY_THE_FIT = {"NaN in a table", "grey", "constant", "device"}  # when the f
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(
-    what: str, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str, fitted: Path, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, told = MISTAKES[what]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").write_text("not a folder")
     (tmp_path / "words.csv").write_text("a,b\ntwo,3\n")
     (tmp_path / "gaps.csv").write_text("a,b\n" + "1,\n2,3\n5,8\n" * 10)
-    places = {"OUT": "out", "RUN": str(fitted), "FILE": "a-file", "WORDS": "words.csv", "GAPS": "gaps.csv"}
-    given = [re.sub(r"^(OUT|RUN|FILE|WORDS|GAPS)\b", lambda found: places[found[1]], word) for word in words]
+    places = {"OUT": "out", "RUN": str(fitted), "DEEP": str(deep), "FILE": "a-file", "WORDS": "words.csv"}
+    places["GAPS"] = "gaps.csv"
+    given = [re.sub(r"^(OUT|RUN|DEEP|FILE|WORDS|GAPS)\b", lambda found: places[found[1]], word) for word in words]
     assert run(*given) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -274,7 +366,7 @@ def test_a_run_does_not_depend_on_the_working_directory(
     assert run("fit", table.name, *TINY, "--out", tmp_path / "run") == 0
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
-    assert run("evaluate", "../run", "--particles", "20") == 0
+    assert run("evaluate", "../run", "--method", "guide", "--particles", "20") == 0
     assert run("fit", table, *TINY, "--scale", "learned", "--out", "../run") == 0
     assert capsys.readouterr().err == ""
 

@@ -1,7 +1,8 @@
-"""log p(x), with honest errors: estimates from weighted particles, closed forms, and blocks of rows."""
+"""log p(x), with honest errors: estimates from weighted particles, closed forms, quadrature, the cascade, two-sided bounds."""
 
 from pyro_vae.evidence.blocks import log_evidence
+from pyro_vae.evidence.bounds import Sandwich, sandwich
 from pyro_vae.evidence.closed_form import exact
 from pyro_vae.evidence.estimate import Estimate
 
-__all__ = ["Estimate", "exact", "log_evidence"]
+__all__ = ["Estimate", "Sandwich", "exact", "log_evidence", "sandwich"]

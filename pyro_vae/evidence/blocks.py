@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.evidence.cascade import BLOCK_NUMBERS, BLOCK_ROWS, LEVELS, Block, Level
+from pyro_vae.evidence.cascade import LEVELS, Block, Level
 from pyro_vae.evidence.estimate import Estimate
-from pyro_vae.memory import BUDGET
+from pyro_vae.memory import BLOCK_ROWS, BUDGET, block_rows
 from pyro_vae.parameters import judging
 from pyro_vae.posterior.engine import Engine
 from pyro_vae.posterior.particles import Particles
 from pyro_vae.program import Program
-from pyro_vae.rows import Data, Rows, as_rows, positive, take
+from pyro_vae.rows import Data, Rows, as_rows, even_blocks, positive, take
 from pyro_vae.seeds import derive
 
 Method = Callable[..., Particles | Estimate]
@@ -109,7 +109,7 @@ def _cascade(
 
         def blocks(number: int = number, level: Level = level, left: Tensor = left) -> Iterator[Estimate]:
             done = 0
-            for block, index in enumerate(left.split(_even(len(left), BLOCK_ROWS))):
+            for block, index in enumerate(even_blocks(left, BLOCK_ROWS)):
                 key = derive(seed, number, block)
                 one = Block(level, program, take(rows, index), target, seed=key, memory=memory)
                 yield one.answer(last=number == len(LEVELS) - 1)
@@ -130,13 +130,16 @@ def _one_method(
     program: Program, rows: Rows, method: Method, options: dict[str, Any], seed: int, report: OnBlock
 ) -> Iterator[Estimate]:
     """Blocks of all rows by one method, the last one padded and cut again."""
-    count, size = len(rows[0]), _block_size(program, rows, options.get("num_particles", 1))
-    for block, start in enumerate(range(0, count, size)):
-        part = take(rows, torch.arange(start, start + size, device=rows[0].device).clamp_max(count - 1))
-        result = method(program, part, seed=(derive(seed), block), **options)
+    count, done = len(rows[0]), 0
+    most = block_rows(options.get("num_particles", 1), program.log_joint(take(rows, slice(1))).dim)
+    for block, index in enumerate(even_blocks(torch.arange(count, device=rows[0].device), most)):
+        size = size if block else len(index)
+        padded = torch.cat([index, index[-1:].expand(size - len(index))])
+        result = method(program, take(rows, padded), seed=(derive(seed), block), **options)
         estimate = Estimate.from_particles(result) if isinstance(result, Particles) else result
-        yield estimate.rows(min(size, count - start))
-        report(_name(method), min(start + size, count), count)
+        done += len(index)
+        yield estimate.rows(len(index))
+        report(_name(method), done, count)
 
 
 def _finished(blocks: Iterator[Estimate], at_least: Estimate | None = None) -> tuple[Estimate, bool]:
@@ -204,18 +207,6 @@ def _options(method: Method | None, num_particles: int | None, memory: int) -> d
     elif num_particles is not None:
         raise ValueError(f"num_particles={num_particles}: the method {_name(method)} draws no particles, leave it out.")
     return options
-
-
-def _even(count: int, most: int) -> int:
-    """The size of blocks of at most `most` rows, evened out."""
-    blocks = -(-count // most)
-    return -(-count // blocks)
-
-
-def _block_size(program: Program, rows: Rows, num_particles: int) -> int:
-    """Rows a block: as many as their particles allow."""
-    dim = program.log_joint(take(rows, slice(1))).dim
-    return _even(len(rows[0]), max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // (num_particles * dim))))
 
 
 def _without_a_value(reasons: Sequence[str], rows: Rows) -> Estimate:

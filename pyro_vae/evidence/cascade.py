@@ -21,9 +21,10 @@ from torch import Tensor
 
 from pyro_vae.evidence import weights
 from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.memory import block_rows
 from pyro_vae.posterior.annealing import Annealed
 from pyro_vae.posterior.engine import Engine, Sampler
-from pyro_vae.posterior.local import Laplace, uncovered
+from pyro_vae.posterior.local import Laplace, many, uncovered
 from pyro_vae.posterior.particles import Particles
 from pyro_vae.posterior.proposals import FromGuide, Proposal
 from pyro_vae.posterior.starts import at_modes
@@ -31,12 +32,14 @@ from pyro_vae.program import Program
 from pyro_vae.rows import Rows, take
 from pyro_vae.seeds import Seed, derive
 
-BLOCK_ROWS = 512
-BLOCK_NUMBERS = 2**22
-"""Particles of a block hold at most this many numbers (rows x K x D), or one row's."""
-
 SAFETY = 1.5
 """More particles than the pilot says the target needs, because pilots err."""
+
+PATIENCE = 32.0
+"""A row that needs so many times more particles than there may be is not tried with a larger pilot."""
+
+STARTS_TO_CHECK_GUIDE, STARTS_TO_CHECK = 4, 16
+"""Fresh starts that look for modes that a sampler does not cover."""
 
 APART = 4.0
 """Standard errors by which two halves of the draws may differ."""
@@ -68,10 +71,10 @@ class Level:
 # Eight draws tell the hopeless from the rest; larger pilots judge. Few starts serve most rows, 64 the most rugged ones.
 LEVELS = (
     Level(FromGuide(), (8, 64, 256), 128, 2**11),
-    Level(Laplace(num_starts=4), (64, 256, 1024), 100, 2**13),
-    Level(Laplace(num_starts=16), (256, 1024), 256, 2**15),
-    Level(Laplace(num_starts=64), (1024,), 1024, 2**15),
-    Level(Annealed(start=functools.partial(at_modes, num_starts=16)), (32,), 64, 2**10),
+    Level(Laplace(num_starts=4), (64, 256, 1024, 1024, 2048), 100, 2**13),
+    Level(Laplace(num_starts=16), (256, 1024, 1024, 2048, 4096), 256, 2**16),
+    Level(Laplace(num_starts=64), (1024, 1024, 2048, 4096), 1024, 2**16),
+    Level(Annealed(start=functools.partial(at_modes, num_starts=64)), (32,), 64, 2**11),
 )
 
 
@@ -79,17 +82,19 @@ class Judgement:
     """What some draws say about their engine, row by row.
 
     Attributes:
-        estimate: the draws' own.
-        passed: whether nothing speaks against them, boolean (N,).
+        estimate: the draws' own, with the sampler's doubts.
+        passed: whether nothing speaks against the draws themselves, boolean (N,).
         needed: how many draws would bring the standard error to the target, (N,), float64.
     """
 
     def __init__(self, particles: Particles, target: float) -> None:
         log_weights = torch.nan_to_num(particles.log_weights, nan=-torch.inf, posinf=-torch.inf)
         apart = weights.halves(log_weights, particles.strata) > APART
-        told = ["two halves of the draws disagree" if far else "" for far in apart.tolist()]
-        self.estimate = Estimate.from_particles(particles).doubted(told)
-        self.passed = self.estimate.reliable
+        count = len(apart)
+        draws = Estimate.from_particles(replace(particles, info={**particles.info, "doubts": ("",) * count}))
+        draws = draws.doubted(["two halves of the draws disagree" if far else "" for far in apart.tolist()])
+        self.passed = draws.reliable
+        self.estimate = draws.doubted(particles.info.get("doubts", ("",) * count))
         variance = weights.relative_variance(log_weights, particles.strata) * len(log_weights)
         self.needed = torch.nan_to_num(variance, nan=torch.inf) / target**2
 
@@ -118,33 +123,28 @@ class Block:
     def answer(self, *, last: bool) -> Estimate:
         """All rows judged, those that pass reported, and where this level is the `last`, the others too."""
         index, sampler = torch.arange(len(self.rows[0]), device=self.rows[0].device), self.sampler
-        failed: list[tuple[Tensor, Sampler]] = []
+        failed: list[tuple[Tensor, Sampler, Tensor]] = []
         for number, size in enumerate(self.level.pilots):
             pilot = self._draw(sampler, index, size, derive(self.seed, PILOT, number))
             judged = Judgement(pilot, self.target)
             counts = torch.clamp(SAFETY * judged.needed, min=self.level.least)
-            within = counts <= self.level.most
-            passed = self._covered(index, judged, judged.passed & within, number)
+            passed, sampler = self._covered(index, sampler, judged, judged.passed & (counts <= self.level.most), number)
             told = ["" if ok else "too many particles needed for the target" for ok in passed.tolist()]
             self._put(index, judged.estimate.doubted(told))
-            sampler = sampler.adapt(pilot)
-            good = passed.nonzero().flatten()
+            good, bad = passed.nonzero().flatten(), (~passed).nonzero().flatten()
             if len(good):
-                self._report(index[good], sampler.take(good), counts[good], number)
-            # A larger pilot finds no mode that the starts have missed, and needs no fewer particles.
-            sure = torch.tensor([not doubt for doubt in sampler.doubts], device=index.device)
-            again, given_up = (~passed & within & sure).nonzero().flatten(), (~passed & ~(within & sure)).nonzero().flatten()
-            if len(given_up):
-                failed.append((index[given_up], sampler.take(given_up)))
-            if len(again) == 0:
+                self._report(index[good], sampler.take(good).adapt(_rows(pilot, good)), counts[good], number)
+            hopeless = counts[bad] > PATIENCE * self.level.most
+            if len(given_up := bad[hopeless]):
+                failed.append((index[given_up], sampler.take(given_up), counts[given_up]))
+            if len(again := bad[~hopeless]) == 0:
                 break
-            index, sampler = index[again], sampler.take(again)
+            index, counts, sampler = index[again], counts[again], sampler.take(again).refine(_rows(pilot, again))
         else:
-            failed.append((index, sampler))
+            failed.append((index, sampler, counts))
         if last:
-            for number, (left, its_sampler) in enumerate(failed):
-                least = torch.full((len(left),), float(self.level.least), device=left.device)
-                self._report(left, its_sampler, least, len(self.level.pilots) + number)
+            for number, (left, its_sampler, wanted) in enumerate(failed):
+                self._report(left, its_sampler, wanted.clamp_max(self.level.most), len(self.level.pilots) + number)
         return replace(self.estimate, evaluations=self.spent)
 
     def _draw(self, sampler: Sampler, index: Tensor, count: int, seed: int) -> Particles:
@@ -155,35 +155,61 @@ class Block:
     def _put(self, index: Tensor, part: Estimate) -> None:
         self.estimate = self.estimate.put(index, part) if hasattr(self, "estimate") else part
 
-    def _covered(self, index: Tensor, judged: Judgement, passed: Tensor, number: int) -> Tensor:
-        """`passed`, less the rows in which starts find modes that the guide does not cover."""
-        good, passed = passed.nonzero().flatten(), passed.clone()
-        if len(good) and isinstance(self.sampler, Proposal):
-            rows, log_z = take(self.rows, index[good]), judged.estimate.log_p[good]
-            seed = derive(self.seed, CHECKED, number)
-            missed, cost = uncovered(self.program, rows, log_z, seed=seed, memory=self.memory)
-            self.spent[index[good]] += cost
-            passed[good] = ~missed
-        return passed
+    def _covered(
+        self, index: Tensor, sampler: Sampler, judged: Judgement, passed: Tensor, number: int
+    ) -> tuple[Tensor, Sampler]:
+        """`passed`, less the rows whose modes the sampler may not know; the sampler without the doubts that were cleared.
+
+        The guide knows of no modes at all; `laplace` says itself where it has doubts. Fresh starts decide, and what they
+        find that is not covered is added.
+        """
+        guided = isinstance(sampler, Proposal)
+        asked = passed & torch.tensor([guided or bool(doubt) for doubt in sampler.doubts], device=passed.device)
+        open_rows = asked.nonzero().flatten()
+        if len(open_rows) == 0:
+            return passed, sampler
+        passed = passed.clone()
+        at = index[open_rows]
+        missed, ends, cost = uncovered(
+            self.program,
+            take(self.rows, at),
+            sampler.take(open_rows),
+            judged.estimate.log_p[open_rows],
+            num_starts=STARTS_TO_CHECK_GUIDE if guided else STARTS_TO_CHECK,
+            seed=derive(self.seed, CHECKED, number),
+            memory=self.memory,
+        )
+        self.spent[at] += cost
+        sampler = sampler.widen(open_rows[missed], ends[missed])
+        passed[open_rows] = ~missed & (not many(missed))
+        return passed, sampler.sure(passed.nonzero().flatten())
 
     def _report(self, index: Tensor, sampler: Sampler, counts: Tensor, number: int) -> None:
-        """Fresh draws for the rows at `index`, as many as `counts` says, in steps of a factor of two.
+        """Fresh draws for the rows at `index`, as many as `counts` says, in steps of sqrt 2.
 
-        Where they fail by chance, in rows of which the sampler has no doubt, four times as many are drawn anew.
+        Where they fail, in rows of which the sampler has no doubt, twice as many are drawn anew, or as many as it takes.
         """
-        steps = torch.ceil(torch.log2(counts / self.level.least)).clamp_min(0.0).long()
+        steps = torch.ceil(2.0 * torch.log2(counts / self.level.least)).clamp_min(0.0).long()
         for step in steps.unique().tolist():
-            count = min(self.level.least * 2**step, self.level.most)
-            size = max(1, BLOCK_NUMBERS // (count * self.dim))
-            failed = []
+            count = min(round(self.level.least * 2 ** (step / 2)), self.level.most)
+            retry, more, size = [], [], block_rows(count, self.dim)
             for piece, part in enumerate((steps == step).nonzero().flatten().split(size)):
                 some = sampler.take(part)
                 seed = derive(self.seed, REPORTED, number, step, piece)
-                estimate = Judgement(self._draw(some, index[part], count, seed), self.target).reported(self.target)
+                judged = Judgement(self._draw(some, index[part], count, seed), self.target)
+                estimate = judged.reported(self.target)
                 self._put(index[part], estimate)
+                wanted = torch.clamp(SAFETY * judged.needed, min=2.0 * count)
                 sure = torch.tensor([not doubt for doubt in some.doubts], device=part.device)
-                failed.append(part[~estimate.reliable & sure])
-            left = torch.cat(failed)
-            if len(left) and 4 * count <= self.level.most:
-                four = torch.full((len(left),), 4.0 * count, device=left.device)
-                self._report(index[left], sampler.take(left), four, number + RETRIED)
+                again = ~estimate.reliable & sure & (wanted <= self.level.most)
+                retry.append(part[again])
+                more.append(wanted[again])
+            if len(left := torch.cat(retry)):
+                self._report(index[left], sampler.take(left), torch.cat(more), number + RETRIED)
+
+
+def _rows(particles: Particles, index: Tensor) -> Particles:
+    """The particles of some rows, without what belongs to all."""
+    z = {name: value[:, index] for name, value in particles.z.items()}
+    strata = None if particles.strata is None else particles.strata[:, index]
+    return Particles(particles.log_weights[:, index], z, particles.rounding[index], strata=strata)

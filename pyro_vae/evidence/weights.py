@@ -73,8 +73,9 @@ def halves(log_weights: Tensor, strata: Tensor | None = None) -> Tensor:
     """
     parts = [(log_weights[i::2], strata[i::2] if strata is not None else None) for i in (0, 1)]
     (first, first_error), (second, second_error) = ((log_mean_exp(w), standard_error(w, s)) for w, s in parts)
-    distance = torch.nan_to_num((first - second).abs(), nan=0.0) / torch.hypot(first_error, second_error)
-    return torch.nan_to_num(distance, nan=0.0)
+    distance = (first - second).abs() / torch.hypot(first_error, second_error)
+    alone = first.isneginf() != second.isneginf()
+    return torch.where(alone, torch.inf, torch.nan_to_num(distance, nan=0.0, posinf=torch.inf))
 
 
 def ess(log_weights: Tensor) -> Tensor:

@@ -150,6 +150,10 @@ class VAE(nn.Module, Program):
         count = len(rows[0])
         return torch.ones(count, dtype=torch.bool, device=rows[0].device), [""] * count
 
+    def template(self, count: int) -> Rows:
+        """See `Program.template`."""
+        return (self._place().new_zeros(count, *self._event_shape()),)
+
     def check_training(self, x: Data) -> None:
         """Refuse rows that the model cannot be fitted to.
 

@@ -94,6 +94,11 @@ class AnnealedSampler(Sampler):
         }
         return Particles(log_weights, z, rounding_error(size, size, u.dtype), info=info)
 
+    def log_density(self, u: Tensor, index: Tensor) -> Tensor:
+        """See `Sampler.log_density`: that of the start."""
+        with torch.no_grad():
+            return self.start.take(index).log_density(u)
+
     def take(self, index: Tensor) -> AnnealedSampler:
         """See `Sampler.take`."""
         place = torch.full((len(self.rows[0]),), -1, device=index.device)
@@ -104,7 +109,9 @@ class AnnealedSampler(Sampler):
             if bool(mine.any()):
                 schedules.append(Schedule(place[schedule.index[mine]], schedule.steps[:, mine]))
         rows, start = take(self.rows, index), self.start.take(index)
-        return AnnealedSampler(self.program, rows, start, schedules, self.num_leapfrog, self.memory)
+        some = AnnealedSampler(self.program, rows, start, schedules, self.num_leapfrog, self.memory)
+        some.doubts = tuple(self.doubts[i] for i in index.tolist())
+        return some
 
 
 @dataclass(frozen=True)
@@ -114,23 +121,25 @@ class Annealed(Engine):
     Attributes:
         start: where chains begin: `at_modes`, `at_guide` or `at_prior`.
         num_leapfrog: leapfrog steps of a transition.
-        most_steps: T at most; doubled from 16 until the variance of log w is below 1.
+        most_steps: T at most; doubled from `first_steps` until the variance of log w is below 1.
+        first_steps: T at first; that of `most_steps` gives all rows the same temperatures.
         power: b_t = (t / T) ^ power; None for the start's own. Above 1 it lingers at the start, where a wide one needs it.
     """
 
     start: Begin = at_modes
-    num_leapfrog: int = 5
+    num_leapfrog: int = 2
     most_steps: int = 256
+    first_steps: int = FIRST_STEPS
     name = "annealed"
     default_particles = 32
 
     def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> AnnealedSampler:
         """See `Engine.prepare`: temperatures and step sizes, by pilot runs of 16 chains."""
-        positive(num_leapfrog=self.num_leapfrog, most_steps=self.most_steps)
+        positive(num_leapfrog=self.num_leapfrog, most_steps=self.most_steps, first_steps=self.first_steps)
         device = rows[0].device
         with seeded(derive(seed, 0), device):
             start = self.start(program, rows, memory)
-        left, schedules, num_steps = torch.arange(len(rows[0]), device=device), [], min(FIRST_STEPS, self.most_steps)
+        left, schedules, num_steps = torch.arange(len(rows[0]), device=device), [], min(self.first_steps, self.most_steps)
         while len(left):
             some = start.take(left)
             path = Path(program, take(rows, left), some, self.num_leapfrog, PILOT_CHAINS, memory)

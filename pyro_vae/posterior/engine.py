@@ -11,9 +11,10 @@ does all of it in one call.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -54,9 +55,27 @@ class Sampler(ABC):
     def take(self, index: Tensor) -> Sampler:
         """The same for some of the rows."""
 
-    def adapt(self, pilot: Particles) -> Sampler:
-        """A sampler that has learnt from `pilot`, draws that are not reported."""
+    @abstractmethod
+    def log_density(self, u: Tensor, index: Tensor) -> Tensor:
+        """log of the density that draws begin with, of the rows at `index` (n,): u (K, n, D) -> (K, n), float64."""
+
+    def sure(self, index: Tensor) -> Self:
+        """The same without the doubts of the rows at `index`."""
+        cleared, other = set(index.tolist()), copy.copy(self)
+        other.doubts = tuple("" if i in cleared else doubt for i, doubt in enumerate(self.doubts))
+        return other
+
+    def widen(self, index: Tensor, u: Tensor) -> Sampler:
+        """A sampler that covers u (n, D) in the rows at `index` (n,), if this kind of sampler can."""
         return self
+
+    def adapt(self, pilot: Particles) -> Sampler:
+        """A sampler that has learnt a little from `pilot`, draws that are not reported."""
+        return self
+
+    def refine(self, pilot: Particles) -> Sampler:
+        """A sampler that has learnt all it can from `pilot`: for rows that the pilot shows to be hard."""
+        return self.adapt(pilot)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,18 @@ PROBES = 4
 def lanczos(local: Local, least: Tensor) -> LowRank:
     """Low-rank precisions at the points of `local`, (1, P, D), curvatures positive and at least `least`.
 
-    Starting vectors and probes are drawn by torch's ambient generator.
+    Starting vectors and probes are always the same ones, for all points: how rows are cut to fit the memory changes nothing.
     """
     _, num_points, dim = local.gradient.shape
     rank = min(RANK, dim)
     basis = torch.zeros(num_points, dim, rank, dtype=torch.float64, device=local.gradient.device)
     tridiagonal = torch.zeros(num_points, rank, rank, dtype=torch.float64, device=basis.device)
-    vector = _unit(torch.randn_like(local.gradient[0]))
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        return torch.randn(dim, generator=generator, dtype=torch.float64).to(basis.device).expand(num_points, dim)
+
+    vector = _unit(drawn())
     for j in range(rank):
         basis[..., j] = vector
         image = torch.nan_to_num(-local.hessian_times(vector[None])[0], nan=0.0, posinf=0.0, neginf=0.0)
@@ -40,12 +45,12 @@ def lanczos(local: Local, least: Tensor) -> LowRank:
         tridiagonal[:, j, j + 1] = tridiagonal[:, j + 1, j] = length
         # Where the images end, all that is left has one curvature, and any other direction will do.
         ended = length < 1e-6 * tridiagonal[:, j, j].abs().clamp_min(1.0)
-        fresh = _orthogonal(torch.randn_like(image), basis[..., : j + 1])
+        fresh = _orthogonal(drawn(), basis[..., : j + 1])
         vector = _unit(torch.where(ended[:, None], fresh, image))
     values, vectors = torch.linalg.eigh(tridiagonal)
     rest = torch.zeros_like(values[:, 0])
     for _ in range(PROBES):
-        probe = _unit(_orthogonal(torch.randn_like(vector), basis))
+        probe = _unit(_orthogonal(drawn(), basis))
         rest += (probe * -local.hessian_times(probe[None])[0]).sum(-1) / PROBES
     rest = torch.nan_to_num(rest, nan=0.0)
     return LowRank(basis @ vectors, torch.maximum(values.abs(), least), torch.maximum(rest.abs(), least))

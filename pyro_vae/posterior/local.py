@@ -11,7 +11,9 @@ the peaks of the other starts cover it.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,10 +23,13 @@ from pyro_vae.layouts import Values
 from pyro_vae.log_joint import LogJoint
 from pyro_vae.memory import BUDGET, at_u, gradient_rows, in_chunks
 from pyro_vae.posterior.ascent import ascend
-from pyro_vae.posterior.derivatives import value_and_gradient
+from pyro_vae.posterior.derivatives import Local, value_and_gradient
 from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.mixture import Mixture
-from pyro_vae.posterior.modes import ASCENT_STEPS, Modes, find_modes
+from pyro_vae.posterior.modes import ASCENT_STEPS, LARGEST_DENSE, Modes, find_modes, least_curvature
+from pyro_vae.posterior.refinement import learnt, nearest_shape, tuned, with_peak
+from pyro_vae.posterior.shapes import Shape
+from pyro_vae.posterior.shapes import positive as positive_precision
 from pyro_vae.posterior.particles import Particles, rounding_error
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows, positive, take
@@ -43,7 +48,13 @@ COVERED = 3.0
 """Log of the largest relative weight at a mode that other peaks, or another proposal, are said to cover."""
 
 COMMON = 0.05
-"""Where more rows than this are in doubt, so are all: rows of one model are alike, and the luck of a few starts is not."""
+"""Where more rows than this are in doubt, so are all."""
+
+HESSIAN = 4
+"""Passes through the decoder for each dimension that a refinement costs at most: one Hessian for each new peak."""
+
+FOUND_SHARE = 0.2
+"""Of the draws, for a peak that fresh starts have found, until a pilot has tuned it."""
 
 LONELY = "a mode was found by one start alone"
 
@@ -52,10 +63,17 @@ class LocalSampler(Sampler):
     """Draws from a mixture at the modes of each row."""
 
     def __init__(
-        self, program: Program, rows: Rows, mixture: Mixture, cost: Tensor, doubts: tuple[str, ...], memory: int
+        self,
+        program: Program,
+        rows: Rows,
+        mixture: Mixture,
+        least: Tensor,
+        cost: Tensor,
+        doubts: tuple[str, ...],
+        memory: int,
     ) -> None:
         self.program, self.rows, self.mixture, self.memory = program, rows, mixture, memory
-        self.cost, self.doubts = cost, doubts
+        self.least, self.cost, self.doubts, self.refined = least, cost, doubts, False
 
     def draw(self, num_particles: int, seed: Seed, exact: Values | None = None) -> Particles:
         """See `Sampler.draw`; the draws come in strata, a fixed number from each component."""
@@ -82,18 +100,48 @@ class LocalSampler(Sampler):
 
     def take(self, index: Tensor) -> LocalSampler:
         """See `Sampler.take`."""
-        doubts = tuple(self.doubts[i] for i in index.tolist())
-        return LocalSampler(
-            self.program, take(self.rows, index), self.mixture.take(index), self.cost[index], doubts, self.memory
-        )
+        other = copy.copy(self)
+        other.rows, other.mixture, other.cost = take(self.rows, index), self.mixture.take(index), self.cost[index]
+        other.doubts = tuple(self.doubts[i] for i in index.tolist())
+        return other
+
+    def log_density(self, u: Tensor, index: Tensor) -> Tensor:
+        """See `Sampler.log_density`."""
+        mixture = self.mixture.take(index)
+        return mixture.log_density(u, mixture.log_share)
+
+    def widen(self, index: Tensor, u: Tensor) -> LocalSampler:
+        """One more peak in the rows at `index` (n,), at u (n, D): what `uncovered` has found there."""
+        share = torch.full((len(index),), FOUND_SHARE, dtype=torch.float64, device=u.device)
+        other = copy.copy(self)
+        if len(index):
+            other.mixture = with_peak(self.mixture, index, u.double(), self._shape_at(index, u), share)
+        return other
 
     def adapt(self, pilot: Particles) -> LocalSampler:
-        """The shares of the components tuned on the pilot."""
+        """The shares of the components tuned on the pilot, unless it is refined: then they are as they should be."""
+        return self if self.refined else self._learnt(pilot, tuned)
+
+    def refine(self, pilot: Particles) -> LocalSampler:
+        """Peaks added and moved, widths fitted and shares tuned on the pilot: for rows that the pilot shows to be hard."""
+        other = self._learnt(pilot, lambda *lesson: learnt(*lesson, self._shape_at))
+        other.refined, other.cost = True, other.cost + HESSIAN * self.mixture.peaks[0].mean.shape[-1]
+        return other
+
+    def _shape_at(self, rows: Tensor, u: Tensor) -> Shape:
+        """Precisions at u (n, D) in the rows (n,); above `LARGEST_DENSE` those of the nearest peak."""
+        if u.shape[-1] > LARGEST_DENSE:
+            return nearest_shape(self.mixture, rows, u.double())
+        hessian = Local(self.program.log_joint(self.rows).take(rows), u.to(self.rows[0].dtype)[None]).hessian()
+        return positive_precision(-hessian[0], self.least)
+
+    def _learnt(self, pilot: Particles, lesson: Callable[[Mixture, Tensor, Tensor], Mixture]) -> LocalSampler:
         with torch.no_grad():
             u = self.program.log_joint(self.rows).flatten(dict(pilot.z))
-            mixture = self.mixture.tuned(u, pilot.log_weights)
-        cost = self.cost + len(pilot.log_weights)
-        return LocalSampler(self.program, self.rows, mixture, cost, self.doubts, self.memory)
+            mixture = lesson(self.mixture, u, pilot.log_weights)
+        other = copy.copy(self)
+        other.mixture, other.cost = mixture, self.cost + len(pilot.log_weights)
+        return other
 
 
 @dataclass(frozen=True)
@@ -118,7 +166,8 @@ class Laplace(Engine):
             modes = centred(program.log_joint(rows), modes, rows[0].dtype)
         cost += 4 * PAIRS * torch.bincount(modes.row, minlength=len(cost))
         mixture = Mixture.at(modes, len(rows[0]))
-        return LocalSampler(program, rows, mixture, cost, _doubts(mixture, self.num_starts), memory)
+        doubts = _doubts(mixture, self.num_starts)
+        return LocalSampler(program, rows, mixture, least_curvature(starts), cost, doubts, memory)
 
 
 laplace = Laplace()
@@ -159,41 +208,48 @@ def _doubts(mixture: Mixture, num_starts: int) -> tuple[str, ...]:
     if num_starts == 1:
         return ("modes sought from one start alone",) * num_rows
     lonely = mixture.lonely_share(COVERED) > DOUBTFUL_SHARE
-    if int(lonely.sum()) > max(1.0, COMMON * num_rows):
+    if many(lonely):
         return tuple(LONELY if one else f"{LONELY} in many rows" for one in lonely.tolist())
     return tuple(LONELY if one else "" for one in lonely.tolist())
 
 
 def uncovered(
-    program: Program, rows: Rows, log_z: Tensor, *, seed: Seed, memory: int, num_starts: int = 4
-) -> tuple[Tensor, Tensor]:
-    """Rows in which starts reach density that the guide does not cover.
+    program: Program, rows: Rows, sampler: Sampler, log_z: Tensor, *, num_starts: int, seed: Seed, memory: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in which fresh starts reach density that a sampler does not cover.
 
     Args:
         program: model and guide.
         rows: N rows.
-        log_z: log p(x) by the guide's draws, (N,).
+        sampler: of these rows.
+        log_z: log p(x) by its draws, (N,).
+        num_starts: of the ascent.
         seed: of the starts.
         memory: bytes.
-        num_starts: of the ascent.
 
     Returns:
-        boolean (N,), where the weight p / (p(x) r) at some end within ln 100 of the best passes e^3, or many rows have
-        such ends; and decoder evaluations, (N,).
+        boolean (N,), where the weight p / (p(x) r) at some end within ln 100 of the best passes e^3; the end where it is
+        largest, (N, D); and decoder evaluations, (N,).
     """
     with seeded(seed, rows[0].device):
         starts, log_joint = find_starts(program, rows, num_starts), program.log_joint(rows)
     missed, cost = torch.zeros_like(log_z, dtype=torch.bool), torch.zeros_like(log_z, dtype=torch.long)
+    worst = starts[0].clone()
     for index in torch.arange(len(log_z), device=log_z.device).split(gradient_rows(program, rows, starts, memory)):
         row = torch.arange(len(index), device=index.device).repeat(num_starts)
         ends, values, spent = ascend(log_joint.take(index), row, starts[:, index].flatten(0, 1), ASCENT_STEPS)
         cost[index] += 2 * spent.unflatten(0, (num_starts, -1)).sum(0)
         values, ends = values.unflatten(0, (num_starts, -1)), ends.unflatten(0, (num_starts, -1))
-        with torch.no_grad():
-            excess = values - log_z[index] - program.guide_density(take(rows, index))(ends)
+        excess = values - log_z[index] - sampler.log_density(ends, index)
         deep = values > values.amax(0) + math.log(DOUBTFUL_SHARE)
-        missed[index] = (deep & (excess > COVERED)).any(0)
-    return missed | (int(missed.sum()) > max(1.0, COMMON * len(missed))), cost
+        largest, which = excess.masked_fill(~deep, -torch.inf).max(0)
+        missed[index], worst[index] = largest > COVERED, ends[which, torch.arange(len(index), device=index.device)]
+    return missed, worst, cost
+
+
+def many(rows: Tensor) -> bool:
+    """Whether so many rows, boolean (N,), are in doubt that all are: rows of one model are alike, and starts may be lucky."""
+    return int(rows.sum()) > max(1.0, COMMON * len(rows))
 
 
 def _plant(mixture: Mixture, u: Tensor, component: Tensor, log_share: Tensor, exact: Tensor) -> None:

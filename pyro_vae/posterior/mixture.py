@@ -3,14 +3,14 @@
 Each mode m of a row, with precision P there, gives four components of the same shape: N(m, P^-1), which is the posterior
 where that is Gaussian; two wider Gaussians, which cover what is a little wider or skewed; and a wide Student t, which bounds
 the weights where tails are heavy. Draws are allotted to the components in fixed numbers (strata) and weighted by the whole
-mixture, the balance heuristic of Veach & Guibas 1995: w = p(x, u) / sum_c (K_c / K) r_c(u). The shares of the components
-may be tuned on a pilot to the smallest variance of w, which is convex in them (He & Owen 2014, arXiv:1411.3954).
+mixture, the balance heuristic of Veach & Guibas 1995: w = p(x, u) / sum_c (K_c / K) r_c(u). How a pilot
+improves such a mixture is in `refinement`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,11 +23,6 @@ SHALLOW = 10.0
 
 SHARES = (0.55, 0.2, 0.2, 0.05)
 """Of the components of a mode, before they are tuned."""
-
-KEPT_SHARE = 0.1
-"""How much of these shares tuning leaves, so that no component ever vanishes."""
-
-TUNING_ROUNDS = 15
 
 FREEDOM = 5.0
 """Degrees of freedom of the Student t."""
@@ -83,7 +78,7 @@ class Mixture:
         rank = torch.arange(len(modes.row), device=modes.row.device) - first[modes.row]
         mass = modes.u.new_full((int(rank.max()) + 1, num_rows), -torch.inf)
         mass[rank, modes.row] = modes.log_mass
-        present = mass > -torch.inf
+        present = (mass > -torch.inf).double()
         share = 0.9 * torch.softmax(mass, 0) + 0.1 * present / present.sum(0)
         peaks = []
         for m in range(len(mass)):
@@ -101,12 +96,14 @@ class Mixture:
         """The mixture of the rows at `index`, each at most once."""
         place = torch.full((self.log_share.shape[1],), -1, device=index.device)
         place[index] = torch.arange(len(index), device=index.device)
-        peaks = []
-        for peak in self.peaks:
-            mine = (place[peak.rows] >= 0).nonzero().flatten()
+        peaks, shares = [], []
+        for m, peak in enumerate(self.peaks):
+            new = place[peak.rows]
+            mine = torch.argsort(new)[int((new < 0).sum()) :]  # in the order of `index`
             if len(mine):
-                peaks.append(peak.take(mine, place[peak.rows[mine]]))
-        return Mixture(tuple(peaks), self.log_share[: len(peaks) * len(SHARES), index])
+                peaks.append(peak.take(mine, new[mine]))
+                shares.append(self.log_share[m * len(SHARES) : (m + 1) * len(SHARES), index])
+        return Mixture(tuple(peaks), torch.cat(shares))
 
     def allot(self, num_draws: int) -> Tensor:
         """Draws for each component, whole numbers (M * C, N) with sum `num_draws`, nearest to the shares."""
@@ -189,23 +186,6 @@ class Mixture:
             for c, log in enumerate(self.log_densities(u, peak)):
                 out[m * len(SHARES) + c][:, peak.rows] = log
         return out
-
-    def tuned(self, u: Tensor, log_weights: Tensor) -> Mixture:
-        """Shares that make the variance of the weights small, judged by draws u (K, N, D) of this mixture.
-
-        E w^2 = E_pilot[p^2 / (r r_pilot)] is convex in the shares of r. Each round multiplies a share by the square root of
-        the part that its component has in it, which lowers it (the multiplicative algorithm for optimal designs, Yu 2010).
-        """
-        logs, log_pilot = self.by_component(u), self.log_density(u, self.log_share)
-        log_p2 = 2.0 * torch.nan_to_num(log_weights + log_pilot, nan=-torch.inf, posinf=-torch.inf) - log_pilot
-        share = self.log_share
-        for _ in range(TUNING_ROUNDS):
-            log_r = torch.logsumexp(share[:, None] + logs, 0)
-            part = torch.logsumexp(logs + log_p2 - 2.0 * log_r, 1)
-            share = torch.log_softmax(share + 0.5 * part, 0)
-        mixed = torch.logaddexp(share + math.log(1.0 - KEPT_SHARE), self.log_share + math.log(KEPT_SHARE))
-        usable = ~mixed.isnan().any(0)
-        return replace(self, log_share=torch.where(usable, mixed, self.log_share))
 
 
 def _allot(share: Tensor, total: int) -> Tensor:

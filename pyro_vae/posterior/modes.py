@@ -102,8 +102,7 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
     """
     log_joint, num_rows, device = program.log_joint(rows), len(rows[0]), starts.device
     step = gradient_rows(program, rows, starts, memory)
-    # A Gaussian of twice the starts' spread: that of the prior, where prior draws are among them.
-    least = 0.25 / starts.double().var().clamp_min(1e-6)
+    least = least_curvature(starts)
     cost = torch.zeros(num_rows, dtype=torch.long, device=device)
     parts = []
     for index in torch.arange(num_rows, device=device).split(step):
@@ -116,6 +115,11 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
     modes = join([*parts, unit_modes(none, starts[0, none])])
     by_mass = torch.argsort(modes.log_mass, descending=True)
     return modes.take(by_mass[torch.argsort(modes.row[by_mass], stable=True)]), cost
+
+
+def least_curvature(starts: Tensor) -> Tensor:
+    """That of a Gaussian of twice the spread of the starts (S, N, D): of the prior, where prior draws are among them."""
+    return 0.25 / starts.double().var().clamp_min(1e-6)
 
 
 def _find_modes(log_joint: LogJoint, starts: Tensor, least: Tensor, cost: Tensor) -> list[Modes]:

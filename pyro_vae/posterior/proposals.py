@@ -52,6 +52,12 @@ class Proposal(Sampler):
             info={"engine": "guide" if self.guided else "prior", "evaluations": self.cost + num_particles},
         )
 
+    def log_density(self, u: Tensor, index: Tensor) -> Tensor:
+        """See `Sampler.log_density`."""
+        rows = take(self.rows, index)
+        with torch.no_grad():
+            return self.program.guide_density(rows)(u) if self.guided else self.program.log_joint(rows).prior(u)
+
     def take(self, index: Tensor) -> Proposal:
         """See `Sampler.take`."""
         return Proposal(self.program, take(self.rows, index), self.memory, guided=self.guided)

@@ -93,11 +93,13 @@ class _Modes:
 
 
 def at_modes(program: Program, rows: Rows, memory: int, *, num_starts: int = 4) -> Start:
-    """Begin at the mixture of `laplace`, its shares tuned."""
+    """Begin at the mixture of `laplace`, refined on two pilots."""
     seed = int(torch.randint(2**62, ()))
     engine = Laplace(num_starts=num_starts)
     sampler = engine.prepare(program, rows, seed=(seed, 0), memory=memory)
-    return _Modes(sampler.adapt(sampler.draw(engine.pilot_particles, (seed, 1))))
+    for i in range(2):
+        sampler = sampler.refine(sampler.draw(256, (seed, 1, i)))
+    return _Modes(sampler)
 
 
 def at_prior(program: Program, rows: Rows, memory: int) -> Start:

@@ -2,22 +2,31 @@
 
 * `inference_gap`    how far the ELBO is below log p(x), and whether the family or the encoder is to blame
 * `latent_usage`     which latent dimensions carry something, and q(z) against p(z)
+* `convergence`      how the estimate of log p(x) grows with the number of particles
+* `rate_distortion`  how many nats a code of x takes, and what is lost, from one annealed run
 """
 
 from pyro_vae.report.aggregate import Aggregate
+from pyro_vae.report.compression import RateDistortion, rate_distortion
 from pyro_vae.report.gap import InferenceGap, inference_gap
 from pyro_vae.report.gaussians import FactorisedNormal, FullNormal, Gaussian
+from pyro_vae.report.growth import Convergence, Curve, convergence
 from pyro_vae.report.latents import LatentUsage, latent_usage
 from pyro_vae.report.measured import Measured
 
 __all__ = [
     "Aggregate",
+    "Convergence",
+    "Curve",
     "FactorisedNormal",
     "FullNormal",
     "Gaussian",
     "InferenceGap",
     "LatentUsage",
     "Measured",
+    "RateDistortion",
+    "convergence",
     "inference_gap",
     "latent_usage",
+    "rate_distortion",
 ]

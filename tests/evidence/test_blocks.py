@@ -10,7 +10,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.evidence import blocks
+from pyro_vae import memory
+
+GUIDE = pv.posterior.from_guide
 
 
 @pytest.fixture
@@ -32,9 +34,11 @@ def test_the_answer_does_not_depend_on_the_budget(known: LinearGaussian, method:
 
 def test_blocks_are_padded_evenly_and_their_rows_come_back_in_order(known: LinearGaussian) -> None:
     x = known.draw(1100)
-    done: list[int] = []
-    estimate = pv.log_evidence(known.program(1.1), x, num_particles=50, on_block=done.append)
-    assert done == [367, 734, 1100]
+    told: list[tuple[str, int, int]] = []
+    estimate = pv.log_evidence(
+        known.program(1.1), x, method=GUIDE, num_particles=50, on_block=lambda *block: told.append(block)
+    )
+    assert told == [("guide", 367, 1100), ("guide", 734, 1100), ("guide", 1100, 1100)]
     error = (estimate.log_p - known.log_p(x)).abs()
     assert (error < 8.0 * estimate.standard_error).all()
 
@@ -42,7 +46,7 @@ def test_blocks_are_padded_evenly_and_their_rows_come_back_in_order(known: Linea
 def test_seeds_repeat_and_rows_are_independent(known: LinearGaussian) -> None:
     x = known.draw(1).repeat(2000, 1)
     program = known.program(1.3)
-    a, b, c = (pv.log_evidence(program, x, num_particles=50, seed=seed) for seed in (1, 1, 2))
+    a, b, c = (pv.log_evidence(program, x, method=GUIDE, num_particles=50, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(a.log_p, b.log_p)
     assert not torch.equal(a.log_p, c.log_p)
     assert len(a.log_p.unique()) == 2000
@@ -52,17 +56,19 @@ def test_seeds_repeat_and_rows_are_independent(known: LinearGaussian) -> None:
 
 
 def test_many_particles_for_few_rows_are_one_row_a_block(known: LinearGaussian, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", 300)
+    monkeypatch.setattr(memory, "BLOCK_NUMBERS", 300)
     done: list[int] = []
-    pv.log_evidence(known.program(), known.draw(3), num_particles=200, on_block=done.append)
+    pv.log_evidence(
+        known.program(), known.draw(3), method=GUIDE, num_particles=200, on_block=lambda _, rows, __: done.append(rows)
+    )
     assert done == [1, 2, 3]
 
 
 def test_bad_rows_of_a_bare_program_disturb_no_other(known: LinearGaussian) -> None:
     x = known.draw(30)
-    clean = pv.log_evidence(known.program(1.2), x, num_particles=100)
+    clean = pv.log_evidence(known.program(1.2), x, method=GUIDE, num_particles=100)
     x[[3, 17], 2] = torch.tensor([torch.nan, torch.inf])
-    spoilt = pv.log_evidence(known.program(1.2), x, num_particles=100)
+    spoilt = pv.log_evidence(known.program(1.2), x, method=GUIDE, num_particles=100)
     bad = torch.zeros(30, dtype=torch.bool)
     bad[[3, 17]] = True
     assert torch.equal(spoilt.log_p[~bad], clean.log_p[~bad])
@@ -84,12 +90,12 @@ def test_a_row_outside_the_support_is_impossible() -> None:
             pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
 
     program = pv.Program(model, guide)
-    estimate = pv.log_evidence(program, torch.tensor([0.5, -1.0, 2.0]), num_particles=500)
+    estimate = pv.log_evidence(program, torch.tensor([0.5, -1.0, 2.0]), method=GUIDE, num_particles=500)
     assert estimate.log_p[1] == -torch.inf
     assert "support" in estimate.reasons[1]
     assert torch.isfinite(estimate.log_p[[0, 2]]).all()
     assert estimate.mean == -torch.inf
-    alone = pv.log_evidence(program, torch.tensor([-1.0]), num_particles=500)
+    alone = pv.log_evidence(program, torch.tensor([-1.0]), method=GUIDE, num_particles=500)
     assert alone.log_p.tolist() == [-torch.inf]
 
 
@@ -97,8 +103,16 @@ def test_a_row_outside_the_support_is_impossible() -> None:
     ("arguments", "message"),
     [
         ({"method": "guide"}, "method='guide' is not a method"),
-        ({"num_particles": 0}, "num_particles=0 must be a whole number of at least 1"),
-        ({"num_particles": -3}, "num_particles=-3"),
+        ({"method": GUIDE, "num_particles": 0}, "num_particles=0 must be a whole number of at least 1"),
+        ({"method": GUIDE, "num_particles": -3}, "num_particles=-3"),
+        ({"num_particles": 300}, "num_particles=300: without a method the cascade chooses"),
+        ({"method": GUIDE, "target": 0.1}, "target=0.1 is for the cascade: .* leave out method=guide"),
+        ({"target": 0.0}, "target=0.0 must be a positive number of nats"),
+        ({"target": -0.1}, "target=-0.1"),
+        ({"target": float("nan")}, "target=nan"),
+        ({"target": float("inf")}, "target=inf"),
+        ({"target": "0.1"}, "target='0.1'"),
+        ({"target": True}, "target=True"),
         ({"memory": 0}, "memory=0"),
         ({"seed": 0.5}, "seed=0.5 must be a whole number"),
     ],
@@ -213,14 +227,15 @@ def test_bad_rows_at_the_beginning_are_not_taken_for_a_bad_program() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.5 * x.log(), 0.5**0.5))
 
-    estimate = pv.log_evidence(pv.Program(model, guide), x, num_particles=10)
+    estimate = pv.log_evidence(pv.Program(model, guide), x, method=GUIDE, num_particles=10)
     good = [3, 4, 6, 7, 8]
     exact = dist.LogNormal(0.0, 2.0**0.5).log_prob(x[good]).double()  # and the guide is the posterior
     torch.testing.assert_close(estimate.log_p[good], exact, rtol=1e-5, atol=1e-5)
     assert estimate.log_p[0].isnan()
     assert estimate.log_p[[1, 2, 5]].tolist() == [-torch.inf] * 3
     for bad in (x[[1, 2, 5]], x[:1]):
-        assert not torch.isfinite(pv.log_evidence(pv.Program(model, guide), bad, num_particles=10).log_p).any()
+        alone = pv.log_evidence(pv.Program(model, guide), bad, method=GUIDE, num_particles=10)
+        assert not torch.isfinite(alone.log_p).any()
 
 
 def test_a_program_that_cannot_be_run_at_all_is_refused_behind_bad_rows() -> None:

@@ -77,3 +77,36 @@ def test_threshold_is_the_published_one() -> None:
 def test_one_particle_has_an_unknown_error() -> None:
     one = torch.tensor([[0.5, -2.0]], dtype=torch.float64)
     assert weights.standard_error(one).isinf().all()
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_equal_halves_lie_apart_as_a_normal_variable_does(*, stratified: bool) -> None:
+    """|N(0, 1)| over 4,000 columns; in two strata, three nats apart, only the strata's own scatter counts."""
+    generator = torch.Generator().manual_seed(8)
+    log_weights = 0.4 * torch.randn(800, 4000, generator=generator, dtype=torch.float64)
+    strata = (torch.arange(800) >= 300).long()[:, None].expand(-1, 4000)
+    if stratified:
+        log_weights = log_weights + 3.0 * strata
+    apart = weights.halves(log_weights, strata if stratified else None)
+    for threshold, share in ((1.0, 0.3173), (1.96, 0.05), (2.576, 0.01)):
+        found = (apart > threshold).double().mean()
+        assert abs(found - share) < 4.5 * (share * (1.0 - share) / 4000) ** 0.5 + 0.05 * share
+    if stratified:  # without the strata the scatter between them would count as error, and nothing would be seen
+        assert weights.halves(log_weights).mean() < 0.7 * apart.mean()
+
+
+def test_halves_that_disagree_are_flagged_and_others_are_not() -> None:
+    generator = torch.Generator().manual_seed(9)
+    log_weights = 0.4 * torch.randn(400, 3, generator=generator, dtype=torch.float64)
+    log_weights[1::2, 1] += 0.4  # ten standard errors of a half
+    log_weights[::2, 2] -= 0.4
+    apart = weights.halves(log_weights)
+    assert apart[0] < 4.0
+    assert (apart[1:] > 6.0).all()
+
+
+def test_halves_without_weight_agree_or_are_infinitely_far_apart() -> None:
+    log_weights = torch.full((40, 3), -torch.inf, dtype=torch.float64)
+    log_weights[::2, 1] = 0.0
+    log_weights[:, 2] = 0.0
+    assert weights.halves(log_weights).tolist() == [0.0, torch.inf, 0.0]

@@ -12,10 +12,10 @@ from linear_gaussian import LinearGaussian
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.posterior.annealing import Start
-from pyro_vae.posterior.hmc import Bridge, Points, transition
+from pyro_vae.posterior.hmc import Bridge, Density, Points, transition
+from pyro_vae.posterior.shapes import Dense
 
-STARTS = {"modes": pv.posterior.at_modes, "prior": pv.posterior.at_prior}
+STARTS = {"modes": pv.posterior.at_modes, "guide": pv.posterior.at_guide, "prior": pv.posterior.at_prior}
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -27,7 +27,7 @@ def test_mean_weight_is_unbiased_for_p_of_x(name: str) -> None:
     ratio = torch.exp(particles.log_weights - known.log_p(x)).mean(0)
     assert abs(ratio.mean() - 1.0) < 4.5 * ratio.std() / 600**0.5
     assert ratio.std() / 600**0.5 < 0.05
-    assert particles.info["temperatures"] == 8
+    assert (particles.info["temperatures"] == 8).all()
 
 
 def test_more_temperatures_bring_the_prior_to_the_posterior() -> None:
@@ -89,18 +89,19 @@ def test_a_transition_keeps_its_target_and_conserves_energy_for_small_steps() ->
     factor = torch.linalg.cholesky(known.covariance)
     mean = known.posterior_mean(x)
 
-    def log_start(u: Tensor, part: slice) -> Tensor:
-        return torch.distributions.Normal(0.0, 1.0).log_prob(u).sum(-1).double()
+    def log_start(index: Tensor) -> Density:
+        return lambda u: torch.distributions.Normal(0.0, 1.0).log_prob(u).sum(-1).double()
 
     start = mean + torch.randn(5000, 2, 2, dtype=torch.float64) @ factor.T
     bridge = Bridge(program, (x,), log_start, start, 2**30)
     points = bridge(start)
     scale = known.covariance.diagonal().sqrt().expand(2, -1)
-    moved, probability = transition(bridge, points, 1.0, torch.full((2,), 0.4, dtype=torch.float64), scale, 5)
+    shape = Dense.of(torch.diag_embed(1.0 / scale))
+    moved, probability = transition(bridge, points, 1.0, torch.full((2,), 0.4, dtype=torch.float64), shape, 5)
     assert ((moved.u.mean(0) - mean).abs() < 4.5 * scale / 5000**0.5).all()
     assert (probability.mean(0) > 0.8).all()
     assert (moved.u != points.u).any(-1).double().mean() > 0.8
-    _, tiny = transition(bridge, points, 1.0, torch.full((2,), 1e-3, dtype=torch.float64), scale, 5)
+    _, tiny = transition(bridge, points, 1.0, torch.full((2,), 1e-3, dtype=torch.float64), shape, 5)
     assert (tiny > 1.0 - 1e-4).all()
 
 
@@ -109,8 +110,9 @@ def test_gradients_are_cached_and_chunks_change_nothing() -> None:
     x = known.draw(6)
     u = torch.randn(3, 6, 2, dtype=torch.float64)
 
-    def log_start(u: Tensor, part: slice) -> Tensor:
-        return -0.5 * u.square().sum(-1)
+    def log_start(index: Tensor) -> Density:
+        # A start of each row's own: row i is N(0, 1 / (1 + i)).
+        return lambda u: -0.5 * (1.0 + index) * u.square().sum(-1)
 
     whole, small = (Bridge(known.program(), (x,), log_start, u, budget)(u) for budget in (2**30, 1))
     for name in Points.__dataclass_fields__:
@@ -120,7 +122,8 @@ def test_gradients_are_cached_and_chunks_change_nothing() -> None:
     by_hand = -0.5 * residual.square().sum(-1) - 0.5 * point.square().sum(-1)
     (gradient,) = torch.autograd.grad(by_hand.sum(), point)
     torch.testing.assert_close(whole.gradient_p, gradient)
-    torch.testing.assert_close(whole.force(0.25), 0.25 * gradient - 0.75 * u)
+    start_gradient = -(1.0 + torch.arange(6.0, dtype=torch.float64))[:, None] * u
+    torch.testing.assert_close(whole.force(0.25), 0.25 * gradient + 0.75 * start_gradient)
 
 
 def test_seeds_repeat_and_bad_numbers_are_named() -> None:
@@ -134,4 +137,19 @@ def test_seeds_repeat_and_bad_numbers_are_named() -> None:
     assert not torch.equal(a, c)
     with pytest.raises(ValueError, match="most_steps=0"):
         pv.posterior.annealed(known.program(), x, most_steps=0)
-    assert isinstance(pv.posterior.at_prior(known.program(), (x,), 2**30), Start)
+
+
+def test_the_density_of_a_start_belongs_to_its_draws() -> None:
+    """E_r[N(u; m, C) / r(u)] is 1 where r covers the posterior N(m, C); and some of the rows are those rows."""
+    known = LinearGaussian(dim=4, latent_dim=2)
+    x = known.draw(4)
+    posterior = torch.distributions.MultivariateNormal(known.posterior_mean(x), known.covariance)
+    for name, begin in STARTS.items():
+        start = begin(known.program(inflate=1.5), (x,), 2**30)
+        u = start.draw(20_000)
+        ratio = torch.exp(posterior.log_prob(u) - start.log_density(u))
+        error = ratio.std(0) / 20_000**0.5
+        assert ((ratio.mean(0) - 1.0).abs() < 4.5 * error).all(), name
+        assert (error < 0.2).all(), name
+        some = torch.tensor([2, 0])
+        torch.testing.assert_close(start.take(some).log_density(u[:, some]), start.log_density(u)[:, some])

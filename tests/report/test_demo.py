@@ -31,7 +31,7 @@ FIGURES = ["learning_curve.png", "reconstructions.png", "samples.png", "latent_s
 def test_demo_writes_model_history_evidence_and_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = {name: (method, 50) for name, (method, _) in demo.METHODS.items()}
+    few = {name: (method, count and 50) for name, (method, count) in demo.METHODS.items()}
     monkeypatch.setattr(demo, "METHODS", few)
     out = tmp_path / "new" / "demo"
     rng = torch.get_rng_state()
@@ -44,12 +44,16 @@ def test_demo_writes_model_history_evidence_and_figures(
 
     assert json.loads(json.dumps(result)) == result
     methods = {entry["method"]: entry for entry in result["methods"]}
-    assert {"ELBO", "prior", "guide"} <= methods.keys()
+    assert {"ELBO", "prior", "guide", "laplace", "cascade"} == methods.keys()
     for name, entry in methods.items():
         assert math.isfinite(entry["log_p"]), name
         assert entry["data_error"] > 0.0
     # log p(x) is above its bound: the guide's importance weights tighten the ELBO that they come from.
     assert methods["guide"]["log_p"] > methods["ELBO"]["log_p"]
+    # The cascade says by what, and how far its rows may be relied upon.
+    assert sum(methods["cascade"]["engines"].values()) == result["held_out_rows"]
+    assert methods["cascade"]["reliable"] > 0.9 * result["held_out_rows"] > methods["prior"]["reliable"]
+    assert f"{methods['cascade']['reliable']} of {result['held_out_rows']} rows can be relied upon" in told
     for name in methods.keys() - {"ELBO"}:
         rows = pd.read_csv(out / f"evidence_{name}.csv")
         assert len(rows) == result["held_out_rows"]

@@ -14,10 +14,13 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
+from pyro_vae.evidence import Estimate, Sandwich
 from pyro_vae.learning.history import BLUE, VERMILION, History
 from pyro_vae.report import plots
 from pyro_vae.report.aggregate import Aggregate
+from pyro_vae.report.compression import RateDistortion
 from pyro_vae.report.gap import InferenceGap
+from pyro_vae.report.growth import Convergence, Curve
 from pyro_vae.report.latents import LatentUsage
 
 
@@ -230,6 +233,147 @@ def test_latent_usage_of_many_dimensions_that_are_all_alike(ax: Axes, activity: 
     assert to_hex(colour).upper() == (BLUE if activity else VERMILION)
 
 
+def doubles(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def legend(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def estimate(k: list[float], engines: list[str], log_p: float = -3.0) -> Estimate:
+    """Rows with these k-hats, answered by these engines."""
+    ones = torch.ones(len(k), dtype=torch.float64)
+    return Estimate(
+        log_p * ones, 0.2 * ones, 0.0 * ones, 50.0 * ones, doubles(*k), log_p * ones, log_p * ones, ones.long(),
+        tuple(engines), ("",) * len(k),
+    )  # fmt: skip
+
+
+def test_pareto_k_counts_rows_by_engine(ax: Axes) -> None:
+    inf, nan = float("inf"), float("nan")
+    told = estimate([0.12, 0.55, 0.15, 0.72, 3.0, -inf, nan], ["laplace", "guide", "guide", *["laplace"] * 3, "exact"])
+    assert plots.pareto_k(told, ax) is ax
+    title, xlabel, ylabel = texts(ax)
+    assert (title, ylabel) == ("k-hat of 5 rows", "rows")
+    beyond = "1 rows beyond the ends, in the outermost bins"
+    assert xlabel == f"k-hat of the weights\n(1 rows without a tail, 1 rows without a k-hat, {beyond})"
+    assert legend(ax) == [
+        "0.5: no variance above, 3 rows",
+        "0.7: not to be trusted above, 2 rows",
+        "guide: 2 rows",
+        "laplace: 3 rows",
+    ]
+    assert [line.get_xdata()[0] for line in ax.get_lines()] == [0.5, 0.7]
+    bars = [
+        (round(bar.get_x(), 9), bar.get_height(), bar.get_y(), bar.get_hatch()) for bar in ax.patches if bar.get_height()
+    ]
+    # The guide's below, the others' on top of them; what is beyond the end stands in the last bin.
+    assert [bar[:3] for bar in bars] == [(0.1, 1, 0), (0.5, 1, 0), (0.1, 1, 1), (0.7, 1, 0), (1.4, 1, 0)]
+    assert {bool(bar[3]) for bar in bars[:2]} != {bool(bar[3]) for bar in bars[2:]}  # told apart by more than colour
+    low, high = ax.get_xlim()
+    assert low < 0.1
+    assert high > 1.5
+
+
+def test_pareto_k_of_good_rows_shows_the_thresholds(ax: Axes) -> None:
+    plots.pareto_k(estimate([0.1, 0.2], ["mine", "mine"]), ax)
+    assert ax.get_xlim()[1] > 0.7
+    assert legend(ax)[0] == "0.5: no variance above, 0 rows"
+
+
+def test_no_k_hat_is_refused(ax: Axes) -> None:
+    with pytest.raises(ValueError, match="None of the 2 rows has a k-hat to draw"):
+        plots.pareto_k(estimate([float("nan"), -float("inf")], ["exact", "laplace"]), ax)
+
+
+def sandwich(lower: list[float], upper: list[float], kind: str = "real") -> Sandwich:
+    low, high = doubles(*lower), doubles(*upper)
+    error = torch.full_like(low, 0.25)
+    return Sandwich(torch.zeros(len(low), 1), low, high, error, 2.0 * error, kind, "laplace")
+
+
+@pytest.mark.parametrize("kind", ["real", "simulated"])
+def test_sandwich_shows_both_bounds_around_their_midpoint(ax: Axes, kind: str) -> None:
+    box = sandwich([-10.0, -30.0, -20.0, -5.0], [-9.0, -30.5, -18.0, float("inf")], kind)
+    assert plots.sandwich(box, ax) is ax
+    title, xlabel, ylabel = texts(ax)
+    assert title.startswith(f"Bounds of log p(x), 3 {kind} rows, laplace: mean width 0.83 ± ")
+    assert title.endswith("\n1 more rows lack a side")
+    assert xlabel.startswith("midpoint of both bounds (nats)\n(")
+    assert " ".join(xlabel.split()).endswith(f"({box.covers})")
+    assert ylabel == "bound - midpoint (nats)"
+    drawn = {line.get_label(): line.get_xydata() for line in ax.get_lines() if not line.get_label().startswith("_")}
+    assert np.allclose(drawn["upper bound"], [[-9.5, 0.5], [-30.25, -0.25], [-19.0, 1.0]])
+    assert np.allclose(drawn["lower bound"], [[-9.5, -0.5], [-30.25, 0.25], [-19.0, -1.0]])
+    whiskers = [[np.ptp(segment[:, 1]) for segment in part.get_segments()] for part in ax.collections]
+    assert np.allclose(whiskers, [[1.0] * 3, [0.5] * 3])
+    assert ax.get_yscale() == "symlog"
+    low, high = ax.get_ylim()
+    assert -low == high > 1.5
+    markers = [line.get_marker() for line in ax.get_lines()][:2]
+    assert markers == ["^", "v"]
+
+
+def test_bounds_of_many_rows_have_no_whiskers(ax: Axes) -> None:
+    plots.sandwich(sandwich([0.0] * 501, [0.1] * 501), ax)
+    assert not ax.collections
+
+
+def test_no_bounds_are_refused(ax: Axes) -> None:
+    with pytest.raises(ValueError, match="None of the 2 rows has both bounds"):
+        plots.sandwich(sandwich([0.0, 0.0], [float("inf"), float("nan")]), ax)
+
+
+@pytest.mark.parametrize("truth", [None, -2.5, estimate([0.1] * 4, ["guide"] * 4, log_p=-2.5)])
+def test_convergence_in_the_number_of_particles(ax: Axes, truth: Any) -> None:
+    guide = Curve(torch.tensor([1, 10, 100]), doubles(-6.0, -4.0, -3.0), doubles(0.5, 0.3, 0.1))
+    laplace = Curve(torch.tensor([1, 1000]), doubles(-2.6, -2.5), doubles(float("inf"), 0.01))
+    result = Convergence({"laplace": laplace, "guide": guide}, num_rows=7)
+    assert plots.convergence(result, ax, truth=truth) is ax
+    assert texts(ax) == [
+        "Convergence, mean of 7 rows",
+        "particles a row, k",
+        "log p-hat with k particles (nats per row)",
+    ]
+    assert ax.get_xscale() == "log"
+    lines = ax.get_lines()
+    assert np.allclose(lines[1].get_xydata(), [[1, -6.0], [10, -4.0], [100, -3.0]])
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+    assert lines[0].get_marker() != lines[1].get_marker()
+    bands = [part.get_paths()[0].vertices for part in ax.collections]
+    assert np.isfinite(bands[0]).all()  # no error is known where there is one draw
+    assert (bands[1][:, 1].min(), bands[1][:, 1].max()) == (-6.5, -2.9)
+    told = ["laplace: -2.500 with 1,000", "guide: -3.000 with 100"]
+    if truth is not None:
+        assert lines[2].get_ydata()[0] == -2.5
+        told.append("log p(x): -2.500" + ("" if isinstance(truth, float) else " ± 0.1"))
+    assert legend(ax) == told
+
+
+def test_rate_distortion_goes_from_the_prior_to_the_posterior(ax: Axes) -> None:
+    beta = doubles(0.01, 0.1, 0.5, 1.0)
+    distortion, rate = (
+        doubles(*values)[:, None].expand(4, 3) for values in ((90.0, 50.0, 20.0, 10.0), (0.0, 1.0, 5.0, 9.0))
+    )
+    error = torch.full_like(rate, 0.3)
+    curve = RateDistortion(beta, distortion, error, rate, error, 8.0 * torch.ones_like(rate), 16)
+    assert plots.rate_distortion(curve, ax) is ax
+    assert texts(ax) == [
+        "Rate-distortion curve: R + D = 19.00 nats at b = 1",
+        "distortion E[-log p(x | z)] (nats per row)",
+        "rate KL(q || p(z)) (nats per row)",
+    ]
+    assert np.allclose(ax.get_lines()[0].get_xydata(), [[90, 0], [50, 1], [20, 5], [10, 9]])
+    assert [(text.get_text(), text.xy) for text in ax.texts] == [
+        ("b = 0.01", (90.0, 0.0)),
+        ("b = 0.1", (50.0, 1.0)),
+        ("b = 1", (10.0, 9.0)),
+    ]
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(9.0 + 0.3 / 3**0.5)
+
+
 def test_without_axes_a_figure_is_made() -> None:
     drawn = [
         plots.learning_curve(history(3)),
@@ -237,8 +381,10 @@ def test_without_axes_a_figure_is_made() -> None:
         plots.latent_space(torch.randn(3, 2)),
         plots.inference_gap(gaps([1.0], [2.0])),
         plots.latent_usage(usage([1.0], [0.5])),
+        plots.pareto_k(estimate([0.1], ["guide"])),
+        plots.sandwich(sandwich([0.0], [1.0])),
     ]
-    assert len({id(ax.get_figure()) for ax in drawn}) == 5
+    assert len({id(ax.get_figure()) for ax in drawn}) == 7
     plt.close("all")
 
 

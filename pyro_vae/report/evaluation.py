@@ -1,0 +1,318 @@
+"""What `pyro-vae evaluate` does: log p(x) of held-out rows by the cascade or one method, its files and its summary.
+
+    evidence.csv                row, log_p, standard_error, ..., engine, reliable, reason; bounds of the first rows
+    evidence_convergence.png    the estimate against the number of particles
+    evidence_pareto_k.png       k-hat of the rows
+    evidence_sandwich.png       both bounds of the first rows
+
+Ctrl-C ends the work and keeps what is finished.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box as boxes
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from pyro_vae import evidence, posterior
+from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.files import write_bytes
+from pyro_vae.posterior.engine import Engine
+from pyro_vae.program import Program
+from pyro_vae.report import growth, plots
+from pyro_vae.report.bars import Bars
+from pyro_vae.report.plots.figure import looks
+from pyro_vae.seeds import derive
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CASCADE = "cascade"
+METHODS: dict[str, Any] = {
+    "guide": posterior.from_guide,
+    "laplace": posterior.laplace,
+    "annealed": posterior.annealed,
+    "prior": posterior.from_prior,
+    "exact": evidence.exact,
+}
+"""What --method calls them, besides the cascade."""
+
+BOUNDED = 200
+"""Rows that the cascade gives two-sided bounds, unless told."""
+
+BOUNDING = posterior.Laplace(num_starts=16)
+"""Draws for the bounds of the cascade: with the starts that serve nearly all of its rows."""
+
+DRAWN = 200
+"""Rows of the figure of convergence."""
+
+CSV, CONVERGENCE, PARETO_K, SANDWICH = (
+    "evidence.csv",
+    "evidence_convergence.png",
+    "evidence_pareto_k.png",
+    "evidence_sandwich.png",
+)
+
+BOUNDS, GROWTH = 1, 2
+"""Sub-streams of the seed."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of `pyro-vae evaluate` that say how; each None is a default.
+
+    Raises:
+        ValueError: options that do not go together, by the names that the command line gives them.
+    """
+
+    method: str = CASCADE
+    particles: int | None = None
+    target: float | None = None
+    bounds: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what the method does not take, before any work."""
+        if self.method == CASCADE and self.particles is not None:
+            raise ValueError(
+                f"--particles {self.particles} needs --method guide, laplace, annealed or prior: the cascade chooses the "
+                "number for each row; give --target for its accuracy."
+            )
+        if self.method != CASCADE and self.target is not None:
+            raise ValueError(f"--target {self.target:g} is for the cascade: leave it out, or --method {self.method}.")
+        if self.method == "exact" and self.particles is not None:
+            raise ValueError(f"--particles {self.particles}: --method exact draws none, leave it out.")
+        if self.method == "exact" and self.bounds:
+            raise ValueError(f"--bounds {self.bounds}: --method exact needs no bounds, leave it out.")
+
+    @property
+    def bounded(self) -> int:
+        """Rows that get two-sided bounds, at most."""
+        return (BOUNDED if self.method == CASCADE else 0) if self.bounds is None else self.bounds
+
+    @property
+    def bounding(self) -> Engine:
+        """The engine of the bounds."""
+        engine: Engine = BOUNDING if self.method == CASCADE else METHODS[self.method]
+        return engine
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        asked: how.
+        estimate: log p(x) of N rows.
+        box: bounds of the first of them, or None.
+        interrupted: whether Ctrl-C ended it.
+        figures: names of the files that were drawn.
+    """
+
+    asked: Asked
+    estimate: Estimate
+    box: evidence.Sandwich | None
+    interrupted: bool
+    figures: tuple[str, ...] = ()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The estimate's own table; where rows have two-sided bounds, lower and upper are these, with their errors."""
+        frame = self.estimate.to_dataframe()
+        names = ["lower", "upper", "lower_standard_error", "upper_standard_error"]
+        frame[names[2:]] = math.nan
+        if self.box is not None:
+            frame.loc[: len(self.box) - 1, names] = self.box.to_dataframe()[names].to_numpy()
+        return frame
+
+    def engines(self) -> dict[str, dict[str, Any]]:
+        """For each engine: rows it answered, their mean evaluations, median standard error (nats), how many reliable."""
+        names, found = self.estimate.engine, {}
+        for name in looks(names):
+            mine = [i for i, engine in enumerate(names) if engine == name]
+            part = self.estimate.take(torch.tensor(mine, device=self.estimate.log_p.device))
+            found[name] = {
+                "rows": len(part),
+                "mean_evaluations": float(part.evaluations.double().mean()),
+                "median_standard_error": float(part.standard_error.median()),
+                "reliable": int(part.reliable.sum()),
+            }
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary, for JSON; means in nats a row."""
+        estimate = self.estimate
+        return {
+            "method": self.asked.method,
+            "rows": len(estimate),
+            "mean": estimate.mean,
+            "mean_standard_error": estimate.mean_standard_error,
+            "data_standard_error": estimate.data_standard_error,
+            "mean_bias": float(estimate.bias.mean()),
+            "reliable": int(estimate.reliable.sum()),
+            "interrupted": self.interrupted,
+            "engines": self.engines(),
+            "sandwich": None if self.box is None else _means(self.box),
+            "figures": list(self.figures),
+        }
+
+    def __str__(self) -> str:
+        """The table of engines, the estimate and the bounds."""
+        table = Table(box=boxes.SIMPLE_HEAD, padding=(0, 1))
+        for head in ("engine", "rows", "evaluations a row", "standard error, nats", "reliable"):
+            table.add_column(head, justify="left" if head == "engine" else "right", no_wrap=True)
+        for name, told in self.engines().items():
+            table.add_row(
+                "not reached" if name == "none" else name,
+                f"{told['rows']:,}",
+                f"{told['mean_evaluations']:,.0f}",
+                f"{told['median_standard_error']:.2g}",
+                f"{told['reliable']:,} of {told['rows']:,}",
+            )
+        paper = io.StringIO()
+        Console(file=paper, width=100).print(table)
+        drawn = "\n".join(line.rstrip() for line in paper.getvalue().split("\n")).strip("\n")
+        return "\n".join([drawn, "", str(self.estimate), *([str(self.box)] if self.box is not None else [])])
+
+
+def run(
+    program: Program, x: Tensor, asked: Asked, folder: Path, *, figures: bool = True, progress: Progress | None = None
+) -> Evaluation:
+    """Estimate, bound, write evidence.csv, draw.
+
+    Args:
+        program: a `VAE` or any `Program`.
+        x: rows, (N, ...).
+        asked: how.
+        folder: where the files go; the figures of an earlier evaluation are removed from it.
+        figures: whether to draw.
+        progress: shows bars, one for each engine at work; None for none.
+
+    Returns:
+        what was found, after Ctrl-C what was finished by then.
+
+    Raises:
+        KeyboardInterrupt: nothing was finished; no file was touched.
+    """
+    method = None if asked.method == CASCADE else METHODS[asked.method]
+    bars, box, drawn = Bars(progress or Progress(disable=True), asked.method if method else None, len(x)), None, []
+    with _watched() as watch:
+        estimate = evidence.log_evidence(
+            program,
+            x,
+            method=method,
+            num_particles=asked.particles,
+            target=asked.target,
+            seed=asked.seed,
+            on_block=bars.on_block,
+        )
+        bars.close(filled=False)
+        with watch.kept():
+            if asked.bounded and not watch.came:
+                some = x[: asked.bounded]
+                bars.begin(f"bounds by {asked.bounding.name}", len(some))
+                box = evidence.sandwich(program, some, method=asked.bounding, seed=derive(asked.seed, BOUNDS))
+                bars.close()
+        found = Evaluation(asked, estimate, box, watch.came)
+        _write(found, folder)
+        with watch.kept():
+            if figures and not watch.came:
+                bars.begin("figures", None)
+                for name in _draw(program, x, found, folder):
+                    drawn.append(name)
+                bars.close()
+    return Evaluation(asked, estimate, box, watch.came, tuple(drawn))
+
+
+def _means(box: evidence.Sandwich) -> dict[str, Any]:
+    """Mean bounds and mean width in nats, of the rows that have both sides."""
+    both = box.width.isfinite()
+    return {
+        "rows": len(box),
+        "rows_with_both": int(both.sum()),
+        "lower": float(box.lower[both].mean()),
+        "upper": float(box.upper[both].mean()),
+        "mean_width": box.mean_width,
+        "mean_width_standard_error": box.mean_width_standard_error,
+        "kind": box.kind,
+        "engine": box.engine,
+    }
+
+
+def _write(found: Evaluation, folder: Path) -> None:
+    """evidence.csv; what an earlier evaluation has drawn would contradict it and goes."""
+    write_bytes(folder / CSV, found.to_dataframe().to_csv(index=False).encode())
+    for name in (CONVERGENCE, PARETO_K, SANDWICH):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _draw(program: Program, x: Tensor, found: Evaluation, folder: Path) -> Iterator[str]:
+    """The figures that there is something to draw for, and the name of each once it is there."""
+    asked, estimate, box = found.asked, found.estimate, found.box
+    if bool(estimate.pareto_k.isfinite().any()):
+        plots.save(plots.pareto_k(estimate), folder / PARETO_K)
+        yield PARETO_K
+    if box is not None and bool(box.width.isfinite().any()):
+        plots.save(plots.sandwich(box), folder / SANDWICH)
+        yield SANDWICH
+    if asked.method != "exact":
+        curves = growth.convergence(program, x[:DRAWN], seed=derive(asked.seed, GROWTH), **_compared(asked))
+        # The mean of one method is no truth to hold that method against.
+        truth = estimate.rows(DRAWN) if asked.method == CASCADE else None
+        plots.save(plots.convergence(curves, truth=truth), folder / CONVERGENCE)
+        yield CONVERGENCE
+
+
+def _compared(asked: Asked) -> dict[str, Any]:
+    """The engines whose convergence is drawn, and up to which number of particles."""
+    if asked.method == CASCADE:
+        return {}
+    engine: Engine = METHODS[asked.method]
+    most = asked.particles or min(engine.default_particles, growth.NUMBERS[-1])
+    return {"methods": {asked.method: engine}, "ks": [*(k for k in growth.NUMBERS if k < most), most]}
+
+
+class _Watch:
+    """Whether Ctrl-C came."""
+
+    came = False
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Ctrl-C ends what is inside, and nothing else."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.came = True
+
+
+@contextmanager
+def _watched() -> Iterator[_Watch]:
+    """Note Ctrl-C on its way: `log_evidence` returns what is finished and does not say that it was interrupted."""
+    watch, before = _Watch(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield watch
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        watch.came = True
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield watch
+    finally:
+        signal.signal(signal.SIGINT, before)

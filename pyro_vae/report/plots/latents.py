@@ -1,0 +1,86 @@
+"""Where rows lie in the latent space, and what its dimensions carry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from torch import Tensor
+
+from pyro_vae.learning.history import BLUE, VERMILION
+from pyro_vae.report.plots.figure import axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pyro_vae.report.latents import LatentUsage
+
+
+def latent_space(means: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
+    """Posterior means (N, D) in the plane of their first two principal components, coloured by class (N,)."""
+    ax = axes(ax)
+    points = means.detach().cpu().double().numpy()
+    names = [f"E[z{i + 1} | x]" for i in range(points.shape[1])]
+    if points.shape[1] > 2:
+        centred = points - points.mean(0)
+        points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+        names = ["first principal component of E[z | x]", "second principal component"]
+    if points.shape[1] == 1:
+        points, names = np.column_stack([points, np.zeros(len(points))]), [names[0], ""]
+    if labels is None:
+        ax.scatter(points[:, 0], points[:, 1], s=6, color=BLUE, linewidths=0)
+    else:
+        _coloured(ax, points, labels.cpu().numpy())
+    ax.set(xlabel=names[0], ylabel=names[1], title="Latent space, posterior means")
+    return ax
+
+
+def _coloured(ax: Axes, points: Any, labels: Any) -> None:
+    classes = np.unique(labels)
+    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.95, len(classes)))
+    for colour, label in zip(colours, classes, strict=True):
+        mine = points[labels == label]
+        ax.scatter(mine[:, 0], mine[:, 1], s=8, color=colour, linewidths=0)
+        # The class is written where it lies, so that no reader depends on the colours.
+        ax.annotate(
+            str(label),
+            np.median(mine, axis=0),
+            ha="center",
+            va="center",
+            fontweight="bold",
+            bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour},
+        )
+
+
+def latent_usage(result: LatentUsage, ax: Axes | None = None) -> Axes:
+    """KL of each latent dimension in nats, mean over rows, in descending order; inactive ones are hollow and hatched.
+
+    Error bars are one Monte Carlo standard error; a KL in closed form has none. Up to 40 dimensions are named.
+    """
+    ax = axes(ax)
+    order = result.kl.argsort(descending=True).cpu().numpy()
+    kl, error, active = (value.cpu().numpy()[order] for value in (result.kl, result.kl_standard_error, result.active_parts))
+    place = np.arange(1, len(kl) + 1)
+    if active.any():
+        ax.bar(
+            place[active],
+            kl[active],
+            color=BLUE,
+            label=f"active: {int(result.active.sum())} of {len(result.part)} dimensions",
+        )
+    if not active.all():
+        label = f"inactive: {int((~result.active).sum())} of {len(result.part)}"
+        ax.bar(place[~active], kl[~active], facecolor="white", edgecolor=VERMILION, hatch="////", label=label)
+        # A collapsed bar has no height to see: its foot is marked as well.
+        ax.plot(place[~active], np.zeros((~active).sum()), "x", color=VERMILION, clip_on=False)
+    noisy = error > 0.0
+    ax.errorbar(place[noisy], kl[noisy], error[noisy], fmt="none", ecolor="black", elinewidth=1.0)
+    if len(kl) <= 40:
+        ax.set_xticks(place, [result.names[i] for i in order], rotation=90 if len(kl) > 8 else 0)
+    total = f"{result.mean_kl.value:.4g} nats"
+    ax.set(
+        xlabel="latent dimension", ylabel="KL (nats per row)", title=f"KL(q(z | x) || p(z)) by dimension: {total} in all"
+    )
+    ax.legend(frameon=False)
+    return ax
