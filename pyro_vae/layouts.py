@@ -140,6 +140,8 @@ def find_layout(
         return done.latent + done.observed
 
     expected = [densities(probe, Layout.LOOPED) for probe in probes]
+    if all(bool(part.isnan().all()) for part in expected):
+        return Layout.LOOPED  # nothing to compare with
     # A wrong network is off by far more than rounding, unless it is hardly trained yet.
     tolerance = 1e2 * torch.finfo(probes[0][0][0].dtype).eps
     for layout in (Layout.BATCHED, Layout.TILED):
@@ -147,6 +149,7 @@ def find_layout(
             tried = [densities(probe, layout) for probe in probes]
         except Exception:  # whatever a network raises that cannot take this layout
             continue
-        if all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(tried, expected, strict=True)):
+        pairs = zip(tried, expected, strict=True)
+        if all(torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True) for a, b in pairs):
             return layout
     return Layout.LOOPED

@@ -205,9 +205,9 @@ class Program:
         good = finite_rows(rows)
         reasons = ["" if ok else "NaN or infinite values" for ok in good.tolist()]
         parts = good.nonzero().flatten().split(1024) if bool(good.any()) else ()
-        for part in parts[:1]:
-            self._check_inside(take(rows, part))
-        for part in parts:
+        for number, part in enumerate(parts):
+            if number == 0:
+                self._check_inside(take(rows, part))
             for row in part[self._unsupported(take(rows, part))].tolist():
                 reasons[row] = "outside the support of the likelihood"
                 good[row] = False
@@ -245,14 +245,8 @@ class Program:
         return drawn.values, drawn.latent
 
     def sample_prior(self, x: Data, num_particles: int) -> tuple[Values, Tensor]:
-        """Draws from the model's prior, by torch's ambient generator; the decoder is not run.
-
-        Returns:
-            z: latents by name, each (K, N, *event_shape).
-            log_p: log p(z), (K, N), float64.
-        """
-        rows = as_rows(x)
-        layouts = self.layout(rows)
+        """The same from the model's prior, with log p(z), (K, N); the decoder is not run."""
+        layouts = self.layout(rows := as_rows(x))
         with torch.no_grad(), judging(self.modules_found()):
             prior = functools.partial(_Densities, latents=frozenset(layouts.slots))
             drawn = draw(self.model, rows, num_particles, layouts.prior, prior)
@@ -260,19 +254,15 @@ class Program:
 
     def log_joint(self, x: Data) -> LogJoint:
         """log p(x, z) per row as a function of one unconstrained vector, (K, N, D) -> (K, N)."""
-        rows = as_rows(x)
-        layouts = self.layout(rows)
+        layouts = self.layout(rows := as_rows(x))
         return self._density(self.model, rows, layouts, layouts.model, layouts.prior)
 
     def guide_density(self, x: Data) -> LogJoint:
         """log q(z | x) in the same form: of one unconstrained vector, or of named latents by `of_sites`."""
-        rows = as_rows(x)
-        layouts = self.layout(rows)
+        layouts = self.layout(rows := as_rows(x))
         return self._density(self.guide, rows, layouts, layouts.guide, layouts.guide)
 
-    def _density(
-        self, function: PyroCallable, rows: Rows, layouts: Layouts, whole: Layout, latents: Layout
-    ) -> LogJoint:
+    def _density(self, function: PyroCallable, rows: Rows, layouts: Layouts, whole: Layout, latents: Layout) -> LogJoint:
         """The density of a model or guide, in the layouts that serve it as a whole and up to its latents."""
         modules = self.modules_found()
 
@@ -303,8 +293,7 @@ class Program:
     def simulate(self, x: Data, seed: Seed = 0) -> tuple[Rows, Values]:
         """Fresh data from the model, one row for each row of `x`, and the latents (N, ...) they came from.
 
-        `x` gives the number of rows, the shapes and whatever the model is conditioned on; what the model observes of it
-        is replaced.
+        `x` gives the shapes and whatever the model is conditioned on; what the model observes of it is replaced.
 
         Raises:
             ValueError: what the model observes is not `x` itself, so that the guide could not read a fresh draw.

@@ -1,4 +1,4 @@
-"""log p(x), with honest errors: estimates from weighted particles, closed forms, quadrature, the cascade, two-sided bounds."""
+"""log p(x), with honest errors: weighted particles, closed forms, quadrature, the cascade, two-sided bounds."""
 
 from pyro_vae.evidence.blocks import log_evidence
 from pyro_vae.evidence.bounds import Sandwich, sandwich

@@ -79,7 +79,9 @@ def log_evidence(
     aim = _aim(method, target)
     good, reasons = program.usable_rows(rows)
     index = good.nonzero().flatten()
-    estimate = _without_a_value([INTERRUPTED if ok else told for ok, told in zip(good.tolist(), reasons, strict=True)], rows)
+    estimate = _without_a_value(
+        [INTERRUPTED if ok else told for ok, told in zip(good.tolist(), reasons, strict=True)], rows
+    )
     if len(index) == 0:
         return estimate
     report = on_block or (lambda *_: None)
@@ -130,10 +132,10 @@ def _one_method(
     program: Program, rows: Rows, method: Method, options: dict[str, Any], seed: int, report: OnBlock
 ) -> Iterator[Estimate]:
     """Blocks of all rows by one method, the last one padded and cut again."""
-    count, done = len(rows[0]), 0
+    count, done, size = len(rows[0]), 0, 0
     most = block_rows(options.get("num_particles", 1), program.log_joint(take(rows, slice(1))).dim)
     for block, index in enumerate(even_blocks(torch.arange(count, device=rows[0].device), most)):
-        size = size if block else len(index)
+        size = max(size, len(index))
         padded = torch.cat([index, index[-1:].expand(size - len(index))])
         result = method(program, take(rows, padded), seed=(derive(seed), block), **options)
         estimate = Estimate.from_particles(result) if isinstance(result, Particles) else result
@@ -187,14 +189,14 @@ def _options(method: Method | None, num_particles: int | None, memory: int) -> d
     if method is None:
         if num_particles is not None:
             raise ValueError(
-                f"num_particles={num_particles}: without a method the cascade chooses the number for each row; give target=, "
-                "or a method such as pv.posterior.laplace."
+                f"num_particles={num_particles}: without a method the cascade chooses the number for each row: "
+                "give target=, or a method such as pv.posterior.laplace."
             )
         return {}
     if not callable(method):
         raise ValueError(
-            f"method={method!r} is not a method: give an engine such as pv.posterior.laplace, pv.evidence.exact, or leave it "
-            "out for the cascade."
+            f"method={method!r} is not a method: give an engine such as pv.posterior.laplace, pv.evidence.exact, or leave "
+            "it out for the cascade."
         )
     accepted = inspect.signature(method).parameters
     options: dict[str, Any] = {"memory": memory} if "memory" in accepted else {}

@@ -2,10 +2,10 @@
 
 The log of an unbiased estimate of p(x) lies below log p(x) in expectation (Jensen). From above there are two ways.
 
-* Data simulated from the model come with the latents they were made from, and these are a draw of the posterior. Put among
-  K - 1 ordinary draws (for annealing: run backwards), it makes the density of all of them that of the ordinary ones times the
-  mean weight over p(x), and the expected log of the mean weight lies above log p(x) (Grosse, Ghahramani & Adams 2015,
-  arXiv:1511.02543; Wu et al. 2017, arXiv:1611.04273). It knows every mode; it says nothing of rows unlike the model's own.
+* Data simulated from the model come with the latents they were made from, and these are a draw of the posterior. Put
+  among K - 1 ordinary draws (for annealing: run backwards), it makes the density of all of them that of the ordinary ones
+  times the mean weight over p(x), and the expected log of the mean weight lies above log p(x) (Grosse, Ghahramani & Adams
+  2015, arXiv:1511.02543; Wu et al. 2017, arXiv:1611.04273). It knows every mode; of other rows it says nothing.
 * On real data nobody hands out posterior draws. The bound E[Z-hat log Z-hat] / p(x) of the same estimator is estimated
   without bias by coupled chains, see `coupling`. A mode that no run visits is beyond both of its sides.
 
@@ -29,7 +29,7 @@ from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.local import laplace
 from pyro_vae.program import Program
 from pyro_vae.rows import Data, Rows, as_rows, even_blocks, positive, take
-from pyro_vae.seeds import Seed, derive
+from pyro_vae.seeds import derive
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +151,9 @@ def sandwich(
     if not isinstance(method, Engine):
         raise ValueError(f"method={method!r} is no engine: give pv.posterior.laplace, annealed, from_guide or from_prior.")
     if x is not None and (num_simulated is not None or like is not None):
-        raise ValueError("x was given along with num_simulated or like, which are for simulated rows: leave x out, or these.")
+        raise ValueError(
+            "x was given along with num_simulated or like, which are for simulated rows: leave x out, or these."
+        )
     if x is None:
         count = 200 if num_simulated is None else num_simulated
         positive(num_simulated=count)
@@ -174,7 +176,8 @@ def sandwich(
             else:
                 columns[:, part] = _from_exact_draws(sampler, {k: v[part] for k, v in exact.items()}, count, key)
     kind = SIMULATED if exact is not None else REAL
-    return Sandwich(rows if len(rows) > 1 else rows[0], *columns, kind=kind, engine=method.name)
+    lower, upper, lower_error, upper_error = columns
+    return Sandwich(rows if len(rows) > 1 else rows[0], lower, upper, lower_error, upper_error, kind, method.name)
 
 
 def _template(program: Program, like: Data | None, count: int) -> Rows:
@@ -223,9 +226,7 @@ def _from_coupled_chains(sampler: Sampler, count: int, key: int) -> Tensor:
         done = met | last
         first = log_z[:RUNS].flatten(0, 1)
         lower, upper = weights.log_mean_exp(first), chains.value.mean(0)
-        columns = torch.stack(
-            [lower, upper, weights.standard_error(first), chains.value.std(0) / math.sqrt(REPLICATES)]
-        )
+        columns = torch.stack([lower, upper, weights.standard_error(first), chains.value.std(0) / math.sqrt(REPLICATES)])
         # No bound is better than one that was cut off where the chains had not met.
         columns[1, ~met], columns[3, ~met] = torch.inf, torch.inf
         out[:, left[done]] = columns[:, done]

@@ -1,14 +1,15 @@
 """The cascade: log p(x) by the cheapest engine that a row's own diagnostics let pass.
 
 All rows start with the guide; those it does not serve go on to `laplace` with few starts, with many, and to `annealed`. In
-each level a row is judged on pilot draws: k-hat below its threshold, enough effective particles, two independent halves that
-agree, modes that several starts agree on (see `posterior.local`), and a standard error that reaches the target with a number
-of particles that can be had. What is reported then are that many fresh draws: an engine chosen by the weights it is judged
-by would report the lucky ones. A row whose fresh draws fail the same tests goes on as well; one that fails the last level is
-reported with the reason.
+each level a row is judged on pilot draws: k-hat below its threshold, enough effective particles, two independent halves
+that agree, and a standard error that reaches the target with a number of particles that can be had. Where a pilot fails,
+`laplace` learns from it (`posterior.refinement`) and a larger one is drawn. What is reported are as many fresh draws as the
+pilot asks for: an engine chosen by the weights that it reports would report the lucky ones. A row whose fresh draws fail the
+same tests goes on as well; one that fails the last level is reported with the reason.
 
-A guide that misses a mode has perfect weights. So the modes of every row are sought from several starts, and a row stays
-with the guide only where the guide covers what they found.
+Weights are blind to modes that the draws have missed, and perfect where a guide covers one of two. So modes are sought from
+several starts, and where these do not agree, or the guide alone has answered, fresh starts must find nothing that the draws
+do not cover; what they find is added.
 """
 
 from __future__ import annotations
@@ -35,9 +36,6 @@ from pyro_vae.seeds import Seed, derive
 SAFETY = 1.5
 """More particles than the pilot says the target needs, because pilots err."""
 
-PATIENCE = 32.0
-"""A row that needs so many times more particles than there may be is not tried with a larger pilot."""
-
 STARTS_TO_CHECK_GUIDE, STARTS_TO_CHECK = 4, 16
 """Fresh starts that look for modes that a sampler does not cover."""
 
@@ -60,17 +58,20 @@ class Level:
         pilots: draws of each pilot; a row that fails one is tried with the next, larger one.
         least: reported draws at least.
         most: at most: a row that needs more goes on.
+        patience: a row that needs so many times more than that is not tried with a larger pilot: 1 where the sampler does not
+            learn from pilots.
     """
 
     engine: Engine
     pilots: tuple[int, ...]
     least: int
     most: int
+    patience: float = 32.0
 
 
 # Eight draws tell the hopeless from the rest; larger pilots judge. Few starts serve most rows, 64 the most rugged ones.
 LEVELS = (
-    Level(FromGuide(), (8, 64, 256), 128, 2**11),
+    Level(FromGuide(), (8, 64, 256), 128, 2**11, patience=1.0),
     Level(Laplace(num_starts=4), (64, 256, 1024, 1024, 2048), 100, 2**13),
     Level(Laplace(num_starts=16), (256, 1024, 1024, 2048, 4096), 256, 2**16),
     Level(Laplace(num_starts=64), (1024, 1024, 2048, 4096), 1024, 2**16),
@@ -84,6 +85,7 @@ class Judgement:
     Attributes:
         estimate: the draws' own, with the sampler's doubts.
         passed: whether nothing speaks against the draws themselves, boolean (N,).
+        broken: whether some have a density that is no number, which more draws will not mend, boolean (N,).
         needed: how many draws would bring the standard error to the target, (N,), float64.
     """
 
@@ -94,6 +96,7 @@ class Judgement:
         draws = Estimate.from_particles(replace(particles, info={**particles.info, "doubts": ("",) * count}))
         draws = draws.doubted(["two halves of the draws disagree" if far else "" for far in apart.tolist()])
         self.passed = draws.reliable
+        self.broken = (particles.log_weights.isnan() | particles.log_weights.isposinf()).any(0)
         self.estimate = draws.doubted(particles.info.get("doubts", ("",) * count))
         variance = weights.relative_variance(log_weights, particles.strata) * len(log_weights)
         self.needed = torch.nan_to_num(variance, nan=torch.inf) / target**2
@@ -115,7 +118,14 @@ class Block:
     estimate: Estimate
 
     def __init__(self, level: Level, program: Program, rows: Rows, target: float, *, seed: Seed, memory: int) -> None:
-        self.level, self.program, self.rows, self.target, self.seed, self.memory = level, program, rows, target, seed, memory
+        self.level, self.program, self.rows, self.target, self.seed, self.memory = (
+            level,
+            program,
+            rows,
+            target,
+            seed,
+            memory,
+        )
         self.dim = program.log_joint(rows).dim
         self.sampler = level.engine.prepare(program, rows, seed=derive(seed, PREPARED), memory=memory)
         self.spent = self.sampler.cost.clone()
@@ -134,7 +144,7 @@ class Block:
             good, bad = passed.nonzero().flatten(), (~passed).nonzero().flatten()
             if len(good):
                 self._report(index[good], sampler.take(good).adapt(_rows(pilot, good)), counts[good], number)
-            hopeless = counts[bad] > PATIENCE * self.level.most
+            hopeless = judged.broken[bad] | (counts[bad] > self.level.patience * self.level.most)
             if len(given_up := bad[hopeless]):
                 failed.append((index[given_up], sampler.take(given_up), counts[given_up]))
             if len(again := bad[~hopeless]) == 0:
@@ -201,7 +211,7 @@ class Block:
                 self._put(index[part], estimate)
                 wanted = torch.clamp(SAFETY * judged.needed, min=2.0 * count)
                 sure = torch.tensor([not doubt for doubt in some.doubts], device=part.device)
-                again = ~estimate.reliable & sure & (wanted <= self.level.most)
+                again = ~estimate.reliable & ~judged.broken & sure & (wanted <= self.level.most)
                 retry.append(part[again])
                 more.append(wanted[again])
             if len(left := torch.cat(retry)):

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,8 +102,8 @@ class Estimate:
     @classmethod
     def cat(cls, parts: Sequence[Estimate]) -> Estimate:
         """One estimate of all rows of `parts`, in order."""
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
-        texts = {name: tuple(text for part in parts for text in getattr(part, name)) for name in TEXTS}
+        tensors: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
+        texts: dict[str, Any] = {name: tuple(text for part in parts for text in getattr(part, name)) for name in TEXTS}
         return cls(**tensors, **texts)
 
     def rows(self, count: int) -> Estimate:
@@ -112,17 +112,22 @@ class Estimate:
 
     def take(self, index: Tensor) -> Estimate:
         """The rows at `index`."""
-        texts = {name: tuple(getattr(self, name)[i] for i in index.tolist()) for name in TEXTS}
-        return Estimate(**{name: getattr(self, name)[index] for name in TENSORS}, **texts)
+        texts: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in index.tolist()) for name in TEXTS}
+        tensors: dict[str, Any] = {name: getattr(self, name)[index] for name in TENSORS}
+        return Estimate(**tensors, **texts)
 
     def put(self, index: Tensor, other: Estimate) -> Estimate:
         """This estimate with the rows at `index` from `other`, in its order."""
         where = {row: i for i, row in enumerate(index.tolist())}
-        texts = {
-            name: tuple(getattr(other, name)[where[i]] if i in where else text for i, text in enumerate(getattr(self, name)))
+        texts: dict[str, Any] = {
+            name: tuple(
+                getattr(other, name)[where[i]] if i in where else text for i, text in enumerate(getattr(self, name))
+            )
             for name in TEXTS
         }
-        return Estimate(**{name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in TENSORS}, **texts)
+        return Estimate(
+            **{name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in TENSORS}, **texts
+        )
 
     def doubted(self, reasons: Sequence[str]) -> Estimate:
         """The same, with N more reasons: each counts where the row has none yet and the text is not empty."""

@@ -26,7 +26,7 @@ class Normal(dist.Normal):
         self._narrow = scale
         super().__init__(loc, scale, validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None) -> Normal:
+    def expand(self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None) -> Normal:
         """The same distribution with the batch shape `batch_shape`."""
         new = self._get_checked_instance(Normal, _instance)
         super().expand(batch_shape, _instance=new)

@@ -50,10 +50,10 @@ class AnnealedSampler(Sampler):
     """Annealed chains with frozen temperatures and step sizes."""
 
     def __init__(
-        self, program: Program, rows: Rows, start: Start, schedules: list[Schedule], num_leapfrog: int, memory: int
+        self, program: Program, rows: Rows, start: Start, schedules: list[Schedule], engine: Annealed, memory: int
     ) -> None:
         self.program, self.rows, self.start, self.schedules = program, rows, start, schedules
-        self.num_leapfrog, self.memory = num_leapfrog, memory
+        self.engine, self.memory = engine, memory
         self.cost, self.doubts = start.cost, start.doubts
 
     @property
@@ -75,7 +75,7 @@ class AnnealedSampler(Sampler):
         size = torch.zeros_like(log_weights)
         for schedule in self.schedules:
             start, at = self.start.take(schedule.index), schedule.index
-            path = Path(self.program, take(self.rows, at), start, self.num_leapfrog, num_particles, self.memory)
+            path = Path(self.program, take(self.rows, at), start, self.engine, num_particles, self.memory)
             with seeded(derive(seed, len(schedule.steps)), device):
                 log_weights[:, at], points = path.forward(num_particles, schedule.steps, observer)
                 if end is not None:
@@ -85,7 +85,7 @@ class AnnealedSampler(Sampler):
             u[0] = end[0]
         with torch.no_grad():
             z = log_joint.unflatten(u)
-        each = 2 * (self.temperatures * self.num_leapfrog + 1)  # a forward and a backward pass
+        each = 2 * (self.temperatures * self.engine.num_leapfrog + 1)  # a forward and a backward pass
         info = {
             "engine": "annealed",
             "evaluations": self.cost + num_particles * each,
@@ -109,7 +109,7 @@ class AnnealedSampler(Sampler):
             if bool(mine.any()):
                 schedules.append(Schedule(place[schedule.index[mine]], schedule.steps[:, mine]))
         rows, start = take(self.rows, index), self.start.take(index)
-        some = AnnealedSampler(self.program, rows, start, schedules, self.num_leapfrog, self.memory)
+        some = AnnealedSampler(self.program, rows, start, schedules, self.engine, self.memory)
         some.doubts = tuple(self.doubts[i] for i in index.tolist())
         return some
 
@@ -130,6 +130,7 @@ class Annealed(Engine):
     num_leapfrog: int = 2
     most_steps: int = 256
     first_steps: int = FIRST_STEPS
+    power: float | None = None
     name = "annealed"
     default_particles = 32
 
@@ -142,7 +143,7 @@ class Annealed(Engine):
         left, schedules, num_steps = torch.arange(len(rows[0]), device=device), [], min(self.first_steps, self.most_steps)
         while len(left):
             some = start.take(left)
-            path = Path(program, take(rows, left), some, self.num_leapfrog, PILOT_CHAINS, memory)
+            path = Path(program, take(rows, left), some, self, PILOT_CHAINS, memory)
             with seeded(derive(seed, num_steps), device):
                 log_weights, steps = path.tune(PILOT_CHAINS, num_steps)
             start.cost[left] += 2 * PILOT_CHAINS * (num_steps * self.num_leapfrog + 1)
@@ -152,7 +153,7 @@ class Annealed(Engine):
             schedules.append(Schedule(left[done], steps[:, done]))
             left, num_steps = left[~done], 2 * num_steps
         schedules = [schedule for schedule in schedules if len(schedule.index)]
-        return AnnealedSampler(program, rows, start, schedules, self.num_leapfrog, memory)
+        return AnnealedSampler(program, rows, start, schedules, self, memory)
 
 
 annealed = Annealed()
@@ -161,15 +162,16 @@ annealed = Annealed()
 class Path:
     """The bridges between a start and the joint of some rows, and chains along them."""
 
-    def __init__(self, program: Program, rows: Rows, start: Start, num_leapfrog: int, num_chains: int, memory: int) -> None:
-        self.start, self.num_leapfrog = start, num_leapfrog
+    def __init__(self, program: Program, rows: Rows, start: Start, engine: Annealed, num_chains: int, memory: int) -> None:
+        self.start, self.num_leapfrog = start, engine.num_leapfrog
+        self.power = start.power if engine.power is None else engine.power
         log_joint = program.log_joint(rows)
         like = rows[0].new_zeros(num_chains, len(rows[0]), log_joint.dim)
         self.bridge = Bridge(program, rows, lambda index: start.take(index).log_density, like, memory)
 
     def ladder(self, num_steps: int) -> list[float]:
         """b_0 .. b_T."""
-        steps = torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64) ** self.start.power
+        steps = torch.linspace(0.0, 1.0, num_steps + 1, dtype=torch.float64) ** self.power
         return [float(b) for b in steps]
 
     def tune(self, num_chains: int, num_steps: int) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,10 @@ from pyro_vae.posterior.derivatives import Local, value_and_gradient
 from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.mixture import Mixture
 from pyro_vae.posterior.modes import ASCENT_STEPS, LARGEST_DENSE, Modes, find_modes, least_curvature
+from pyro_vae.posterior.particles import Particles, rounding_error
 from pyro_vae.posterior.refinement import learnt, nearest_shape, tuned, with_peak
 from pyro_vae.posterior.shapes import Shape
 from pyro_vae.posterior.shapes import positive as positive_precision
-from pyro_vae.posterior.particles import Particles, rounding_error
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows, positive, take
 from pyro_vae.seeds import Seed, seeded
@@ -124,7 +124,11 @@ class LocalSampler(Sampler):
 
     def refine(self, pilot: Particles) -> LocalSampler:
         """Peaks added and moved, widths fitted and shares tuned on the pilot: for rows that the pilot shows to be hard."""
-        other = self._learnt(pilot, lambda *lesson: learnt(*lesson, self._shape_at))
+
+        def lesson(mixture: Mixture, u: Tensor, log_weights: Tensor) -> Mixture:
+            return learnt(mixture, u, log_weights, self._shape_at)
+
+        other = self._learnt(pilot, lesson)
         other.refined, other.cost = True, other.cost + HESSIAN * self.mixture.peaks[0].mean.shape[-1]
         return other
 
@@ -248,7 +252,7 @@ def uncovered(
 
 
 def many(rows: Tensor) -> bool:
-    """Whether so many rows, boolean (N,), are in doubt that all are: rows of one model are alike, and starts may be lucky."""
+    """Whether so many rows, boolean (N,), are in doubt that all are: rows of one model are alike, starts may be lucky."""
     return int(rows.sum()) > max(1.0, COMMON * len(rows))
 
 

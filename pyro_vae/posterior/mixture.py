@@ -1,8 +1,8 @@
 """A mixture of Gaussians and heavy tails at the posterior modes, as an importance distribution.
 
 Each mode m of a row, with precision P there, gives four components of the same shape: N(m, P^-1), which is the posterior
-where that is Gaussian; two wider Gaussians, which cover what is a little wider or skewed; and a wide Student t, which bounds
-the weights where tails are heavy. Draws are allotted to the components in fixed numbers (strata) and weighted by the whole
+where that is Gaussian; two wider Gaussians, which cover what is a little wider or skewed; and a wide Student t, which
+bounds the weights where tails are heavy. Draws are allotted to the components in fixed numbers (strata) and weighted by the whole
 mixture, the balance heuristic of Veach & Guibas 1995: w = p(x, u) / sum_c (K_c / K) r_c(u). How a pilot
 improves such a mixture is in `refinement`.
 """
@@ -83,7 +83,9 @@ class Mixture:
         peaks = []
         for m in range(len(mass)):
             mine = (rank == m).nonzero().flatten()
-            peaks.append(Peak(modes.row[mine], modes.u[mine], modes.shape.take(mine), modes.value[mine], modes.visits[mine]))
+            peaks.append(
+                Peak(modes.row[mine], modes.u[mine], modes.shape.take(mine), modes.value[mine], modes.visits[mine])
+            )
         each = torch.tensor(SHARES, dtype=share.dtype, device=share.device)
         return cls(tuple(peaks), (share[:, None] * each[:, None]).flatten(0, 1).log())
 
@@ -149,8 +151,12 @@ class Mixture:
             logs = torch.stack([s + log for s, log in zip(shares, self.log_densities(u, peak), strict=True)])
             mine = torch.logsumexp(logs, 0)
             # Most mixtures have one peak, which all rows share.
-            total = mine if len(self.peaks) == 1 else total.index_put(
-                (torch.arange(len(u), device=u.device)[:, None], peak.rows), torch.logaddexp(total[:, peak.rows], mine)
+            total = (
+                mine
+                if len(self.peaks) == 1
+                else total.index_put(
+                    (torch.arange(len(u), device=u.device)[:, None], peak.rows), torch.logaddexp(total[:, peak.rows], mine)
+                )
             )
         return total
 

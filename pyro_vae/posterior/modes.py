@@ -118,8 +118,13 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
 
 
 def least_curvature(starts: Tensor) -> Tensor:
-    """That of a Gaussian of twice the spread of the starts (S, N, D): of the prior, where prior draws are among them."""
-    return 0.25 / starts.double().var().clamp_min(1e-6)
+    """That of a Gaussian of twice the spread of the starts (S, N, D): of the prior, where prior draws are among them.
+
+    By medians: a row whose guide overflows must not decide for the others.
+    """
+    finite = starts.double()[torch.isfinite(starts)]
+    spread = 1.4826 * (finite - finite.median()).abs().median()
+    return 0.25 / torch.nan_to_num(spread, nan=1.0).square().clamp_min(1e-6)
 
 
 def _find_modes(log_joint: LogJoint, starts: Tensor, least: Tensor, cost: Tensor) -> list[Modes]:
@@ -158,7 +163,9 @@ def newton(log_joint: LogJoint, index: Tensor, start: Tensor, least: Tensor, cos
         local = Local(log_joint.take(index[going]), u[going].to(dtype)[None])
         shape = positive(-local.hessian()[0], least)
         half = shape.precondition(torch.nan_to_num(local.gradient, nan=0.0, posinf=0.0, neginf=0.0))
-        u[going], value[going] = _line_search(log_joint.take(index[going]), u[going], shape.colour(half)[0], local.value[0], dtype)
+        u[going], value[going] = _line_search(
+            log_joint.take(index[going]), u[going], shape.colour(half)[0], local.value[0], dtype
+        )
         found.factor[going], found.inverse[going] = shape.factor, shape.inverse
         cost[index[going]] += 3 + dim
         # The curvature is not computed again after the last step, which moved the mode by a fraction of its width.
@@ -168,9 +175,7 @@ def newton(log_joint: LogJoint, index: Tensor, start: Tensor, least: Tensor, cos
     return Modes(index, u, value, found, torch.zeros_like(index))
 
 
-def _line_search(
-    log_joint: LogJoint, u: Tensor, step: Tensor, value: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _line_search(log_joint: LogJoint, u: Tensor, step: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Where the whole step (P, D) leads from u, or a shorter one where that is down, or nowhere; and the values there."""
 
     def at(which: Tensor, points: Tensor) -> Tensor:

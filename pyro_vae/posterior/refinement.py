@@ -4,8 +4,7 @@
   importance sampling, Raftery & Bao 2010).
 * `refitted`: one step of weighted EM for the means and covariances of the peaks, as far as the draws determine them
   (population Monte Carlo, Cappe, Douc, Guillin, Marin & Robert 2008, arXiv:0710.4242).
-* `tuned`: shares with a small fourth moment of the weights, which is convex in them as the variance is (He & Owen 2014,
-  arXiv:1411.3954).
+* `tuned`: shares with a small variance of the weights, which is convex in them (He & Owen 2014, arXiv:1411.3954).
 
 `learnt` does all three. What was learnt from draws is used for other draws, so weights stay unbiased.
 """
@@ -21,20 +20,18 @@ from torch import Tensor
 from pyro_vae.posterior.mixture import SHARES, Mixture, Peak
 from pyro_vae.posterior.shapes import Dense, Shape
 
-KEPT, KEPT_EVENLY = 0.1, 0.02
+KEPT, KEPT_EVENLY = 0.05, 0.02
 """How much of the draws stays with the components of each peak as they were meant, and with all peaks alike: tuning is
 greedy, and would leave nothing for tails that the pilot has not seen."""
 
 DEFENSIVE = (0.05, 0.15, 0.15, 0.15)
 """What stays with each component of a peak in hard rows: there the mixture must be wider than the posterior everywhere."""
 
-TUNING_ROUNDS = 8
-
-MOMENT = 4.0
-"""q. The variance alone, q = 2, leaves rare large weights where the mixture is thin: a small error that nobody can trust."""
+TUNING_ROUNDS = 20
 
 NEW_PEAKS, MOST_PEAKS, HEAVY = 3, 24, 5.0
-"""Peaks that one pilot may add, and that a mixture may have then; the least multiple of the mean weight that a draw must have to get one."""
+"""Peaks that one pilot may add, and that a mixture may have then; the least multiple of the mean weight that a draw must
+have to get one."""
 
 DRAWS_PER_DIMENSION = 10.0
 """Effective draws for each dimension below which a covariance is left alone: they would be noise."""
@@ -62,17 +59,17 @@ def _usable(log_weights: Tensor) -> Tensor:
 
 
 def _shared(mixture: Mixture, u: Tensor, log_p: Tensor, log_pilot: Tensor, kept: tuple[float, ...]) -> Mixture:
-    """Shares that make a moment of the weights small, judged by draws u (K, N, D) of density exp(log_pilot).
+    """Shares that make the variance of the weights small, judged by draws u (K, N, D) of density exp(log_pilot).
 
-    E w^q = E_pilot[p^q / (r^(q-1) r_pilot)] is convex in the shares of r. Each round multiplies a share by a power of the
-    part that its component has in it, which lowers it (the multiplicative algorithm for optimal designs, Yu 2010).
+    E w^2 = E_pilot[p^2 / (r r_pilot)] is convex in the shares of r. Each round multiplies a share by the square root of
+    the part that its component has in it, which lowers it (the multiplicative algorithm for optimal designs, Yu 2010).
     """
-    logs, log_pq = mixture.by_component(u), MOMENT * log_p - log_pilot
+    logs, log_p2 = mixture.by_component(u), 2.0 * log_p - log_pilot
     share = mixture.log_share
     for _ in range(TUNING_ROUNDS):
         log_r = torch.logsumexp(share[:, None] + logs, 0)
-        part = torch.logsumexp(logs + log_pq - MOMENT * log_r, 1)
-        share = torch.log_softmax(share + part / MOMENT, 0)
+        part = torch.logsumexp(logs + log_p2 - 2.0 * log_r, 1)
+        share = torch.log_softmax(share + 0.5 * part, 0)
     parts = share.exp().unflatten(0, (-1, len(SHARES)))
     present = (parts.sum(1) > 0.0).double()
     even = KEPT_EVENLY * present / present.sum(0)

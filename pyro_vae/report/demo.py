@@ -32,7 +32,7 @@ from pyro_vae.seeds import derive, seeded
 
 LATENT_DIM = 8
 METHODS: dict[str, tuple[Callable[..., Any] | None, int | None]] = {
-    "prior": (posterior.from_prior, 2_000),
+    "prior": (posterior.from_prior, 10_000),
     "guide": (posterior.from_guide, 5_000),
     "laplace": (posterior.laplace, 500),
     "cascade": (None, None),
@@ -71,11 +71,11 @@ def run(out: Path, *, seed: int = 0, epochs: int = 100, progress: bool | None = 
     write_bytes(out / "history.json", json.dumps(history.to_dict(), indent=2).encode())
     rows = _evaluate(vae, test, seed, out)
     console.print(_table(rows, len(test)))
-    console.print(
+    legend = (
         "Lower bounds in expectation, all of them. K: particles a row. ± MC: standard error of the draws; ± data: of the "
-        "choice of rows. ESS: median effective particles. reliable: rows that pass every test of their weights. "
-        + " ".join(_told(row, len(test)) for row in rows if row["method"] == "cascade")
+        "choice of rows. ESS: median effective particles. reliable: rows that pass every test of their weights."
     )
+    console.print(legend, *(_told(row, len(test)) for row in rows if row["method"] == "cascade"))
     _draw(vae, history, splits, test, seed, out)
     console.print(f"model, history, evidence and figures are in {out}", soft_wrap=True)
     return {"out": str(out), "held_out_rows": len(test), "methods": rows}

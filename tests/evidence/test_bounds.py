@@ -74,7 +74,9 @@ def test_upper_mean_equals_the_expectation_under_the_weighted_density() -> None:
     """With one particle: lower is E_q log w, upper E_posterior log w; both have closed forms, by KL of Normals."""
     known = LinearGaussian(dim=4, latent_dim=1)
     program = known.program(inflate=1.5)
-    box = pv.evidence.sandwich(program, num_simulated=4000, like=known.draw(3), method=pv.posterior.from_guide, num_particles=1)
+    box = pv.evidence.sandwich(
+        program, num_simulated=4000, like=known.draw(3), method=pv.posterior.from_guide, num_particles=1
+    )
     truth = known.log_p(box.x)
     log_ratio, square = torch.tensor(1.5).log(), 1.5**2
     below = -(-log_ratio + 0.5 * square - 0.5)  # -KL(q || posterior)

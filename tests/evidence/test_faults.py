@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.evidence import Estimate
+from pyro_vae.evidence import Estimate, blocks
 
 METHODS: dict[str, pv.posterior.Engine | None] = {
     "cascade": None,
@@ -71,7 +71,7 @@ def evaluate(method: str, program: pv.Program, x: Tensor, seed: int = 1) -> Esti
 
 @every_method
 def test_a_decoder_that_overflows_far_out_does_no_harm(method: str) -> None:
-    """exp(exp(3 z)) is inf from z = 2.2 on, in float32: x is improbable there anyway, weight zero is the truth."""
+    """exp(exp(1.5 z)) is inf from z = 3 on, in float32: x is improbable there, a weight of zero is the truth."""
 
     def decoder(z: Tensor) -> Tensor:
         return torch.cat([torch.exp(torch.exp(1.5 * z[..., :1])), z[..., 1:]], -1)
@@ -90,8 +90,9 @@ def test_a_decoder_that_overflows_far_out_does_no_harm(method: str) -> None:
 
 
 @every_method
-def test_nan_for_some_latents_is_told_and_never_silent(method: str) -> None:
+def test_nan_for_some_latents_is_told_and_never_silent(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the decoder is NaN nobody knows the density: no row may pass that has drawn there."""
+    monkeypatch.setattr(blocks, "LEVELS", blocks.LEVELS[:2])  # the others take their time over what cannot be mended
 
     def decoder(z: Tensor) -> Tensor:
         return torch.where(z[..., :1] > 0.0, torch.log(z[..., :1] - 0.5), z[..., :1]).expand(*z.shape[:-1], 2)
@@ -119,9 +120,9 @@ def test_a_density_that_is_zero_on_half_of_the_space(method: str) -> None:
         z = z[:, None]
         return log_normal(x, z, 0.5) + log_normal(z, torch.zeros(2), 1.0) + cut(x, z)
 
-    assert right(estimate, on_a_grid(log_joint, points=800))[estimate.reliable].all()  # 0 is between two cells
-    assert estimate.reliable.any()
-    assert torch.isfinite(estimate.log_p).all()
+    assert right(estimate, on_a_grid(log_joint, points=800)).all()  # 0 is between two cells
+    assert (estimate.standard_error < 0.2).all()
+    assert method != "cascade" or estimate.reliable.all()
 
 
 @every_method
@@ -174,8 +175,9 @@ def test_rows_outside_the_support_are_impossible_and_said_so(method: str) -> Non
     estimate = evaluate(method, pv.Program(model, guide), x)
     good = torch.tensor([0, 2, 4])
     truth = math.log(2.0) + 2.0 * math.log(1.5) - 3.0 * torch.log(1.5 + x)  # Lomax
-    assert estimate.reliable[good].all()
     assert right(estimate, truth)[good].all()
+    assert (estimate.standard_error < 0.1)[good].all()
+    assert method != "cascade" or estimate.reliable[good].all()
     assert estimate.log_p[1] == -torch.inf
     assert "outside the support" in estimate.reasons[1]
     assert estimate.log_p[3].isnan()
@@ -223,6 +225,22 @@ def test_one_bad_row_does_not_change_the_others(method: str, fault: str) -> None
     assert right(with_it, truth)[3] or not with_it.reliable[3]
     assert not with_it.log_p[3].isnan()
     assert with_it.reasons[3] or method != "laplace" or "guide" in fault
+
+
+@pytest.mark.parametrize("far", [torch.inf, 1e9])
+def test_a_guide_that_overflows_for_one_row_spoils_no_curvature_of_the_others(far: float) -> None:
+    """x ~ N((z_0 z_1, z_0^2 - z_1), 1/4): on the way to a mode its Hessian is not negative; what mends it is not that row."""
+
+    def bent(z: Tensor) -> Tensor:
+        return torch.stack([z[..., 0] * z[..., 1], z[..., 0].square() - z[..., 1]], -1)
+
+    program = program_of(bent, encoder=lambda x: torch.where(x > 50.0, far, 0.2 * x))
+    x = torch.tensor([[0.5, 0.1], [0.0, 0.0], [-1.0, 2.0], [1.5, -0.4], [0.3, -1.5], [99.0, 0.0]], dtype=torch.float64)
+    estimate = pv.log_evidence(program, x, seed=1)
+    truth = on_a_grid(lambda z: log_normal(x, bent(z[:, None]), 0.5) + log_normal(z[:, None], torch.zeros(2), 1.0))
+    assert estimate.reliable[:5].all()
+    assert right(estimate, truth)[:5].all()
+    assert torch.isfinite(estimate.log_p[5])
 
 
 @pytest.mark.parametrize("method", [pv.posterior.from_guide, pv.posterior.from_prior])

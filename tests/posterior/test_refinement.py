@@ -9,7 +9,7 @@ from peaks import KINDS, strata, two_peaks
 from torch import Tensor
 
 from pyro_vae.evidence import weights
-from pyro_vae.posterior.refinement import learnt, tuned
+from pyro_vae.posterior.refinement import learnt, nearest_shape, tuned
 
 
 def test_tuned_shares_lower_the_variance_of_fresh_weights_and_leave_none_out() -> None:
@@ -59,7 +59,8 @@ def test_a_shoulder_and_another_width_are_learnt_from_a_pilot() -> None:
         return constant + torch.logaddexp(broad, beside - math.log(2.25))
 
     pilot = strata(mixture, 2000)[0]
-    better = learnt(mixture, pilot, log_p(pilot) - mixture.log_density(pilot, mixture.log_share))
+    log_weights = log_p(pilot) - mixture.log_density(pilot, mixture.log_share)
+    better = learnt(mixture, pilot, log_weights, lambda rows, u: nearest_shape(mixture, rows, u))
     effective = []
     for one in (mixture, better):
         assert ((one.log_share.exp().sum(0) - 1.0).abs() < 1e-9).all()

@@ -1,0 +1,47 @@
+"""The search for modes, where starts or rows are unlike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_gaussian import LinearGaussian
+
+from pyro_vae.posterior.modes import find_modes, least_curvature
+from pyro_vae.posterior.shapes import Dense
+
+
+def test_the_least_curvature_is_that_of_twice_the_spread_of_the_starts() -> None:
+    """Starts from N(1, 3^2): 1 / (2 x 3)^2, within the error of a median of 6,000 deviations (relative, 1.17 / sqrt(n))."""
+    starts = 1.0 + 3.0 * torch.randn(4, 300, 5, dtype=torch.float64)
+    error = 2.0 * 4.5 * 1.17 / 6000**0.5
+    assert abs(float(least_curvature(starts)) * 36.0 - 1.0) < error
+    for spoilt in (torch.inf, -torch.inf, torch.nan, 1e12):
+        starts[0, 7] = spoilt
+        assert abs(float(least_curvature(starts)) * 36.0 - 1.0) < error
+    assert torch.isfinite(least_curvature(torch.full((1, 2, 3), torch.nan)))
+    assert torch.isfinite(least_curvature(torch.zeros(1, 2, 3)))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 1e200])
+def test_starts_that_are_no_points_are_passed_over(bad: float) -> None:
+    """The first start of each row is none, and all starts of the last row; modes of the others are the closed form's."""
+    known = LinearGaussian()
+    x, starts = known.draw(6), torch.randn(3, 6, 3, dtype=torch.float64)
+    starts[0], starts[:, 5] = bad, bad
+    modes, _ = find_modes(known.program(), (x,), starts)
+    assert modes.row.tolist() == list(range(6))
+    assert (modes.visits[:5] >= 2).all()
+    torch.testing.assert_close(modes.u[:5], known.posterior_mean(x)[:5])
+    assert isinstance(modes.shape, Dense)
+    torch.testing.assert_close(torch.cholesky_inverse(modes.shape.factor[:5]), known.covariance.expand(5, -1, -1))
+    assert torch.isfinite(modes.shape.factor).all()
+
+
+def test_memory_does_not_change_the_modes() -> None:
+    known = LinearGaussian(dim=20, latent_dim=12)
+    x, starts = known.draw(9), 2.0 * torch.randn(4, 9, 12, dtype=torch.float64)
+    (whole, spent), (small, spent_small) = (find_modes(known.program(), (x,), starts, budget) for budget in (2**30, 2**15))
+    torch.testing.assert_close(small.u, whole.u)
+    torch.testing.assert_close(small.log_mass, whole.log_mass)
+    torch.testing.assert_close(whole.log_mass, known.log_p(x))
+    assert torch.equal(spent, spent_small)
