@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -463,3 +464,19 @@ def test_find_layout_wants_every_probe_right() -> None:
     handler = lambda values: Sum(values["z"])  # noqa: E731
     assert find_layout(function, [probe(3)], handler) is Layout.BATCHED
     assert find_layout(function, [probe(3), probe(2)], handler) is Layout.TILED
+
+
+def test_nan_in_the_same_places_is_no_difference() -> None:
+    """Where all is NaN there is nothing to compare, and runs are single; NaN against a number is a difference."""
+
+    def function(x: Tensor, above: float = 0.0, batched_above: float = 0.0) -> None:
+        here = stack[-1]
+        bound = batched_above if here.z.dim() == 3 else above
+        here.latent, here.observed = torch.where(here.z[..., 0] > bound, torch.nan, here.z[..., 0]), here.z[..., 1]
+
+    z = torch.tensor([[[-1.0, 0.5], [2.0, 0.1], [0.3, 0.2]], [[0.7, 1.0], [-0.4, 2.0], [-2.0, 0.3]]])
+    probe, handler = ((weights(3, 1),), {"z": z}), lambda values: Sum(values["z"])
+    assert find_layout(function, [probe], handler) is Layout.BATCHED
+    assert find_layout(functools.partial(function, batched_above=0.5), [probe], handler) is Layout.TILED
+    nowhere = functools.partial(function, above=-torch.inf, batched_above=-torch.inf)
+    assert find_layout(nowhere, [probe], handler) is Layout.LOOPED

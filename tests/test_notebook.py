@@ -13,7 +13,7 @@ CELLS = [
     "             guide=pv.guides.DiagonalNormal(pv.nets.MLP(3, hidden=4), latent_dim=1))\npv.check(vae, x)",
     "history = pv.fit(vae, x, epochs=3)\nhistory",
     "history.plot()",
-    "pv.log_evidence(vae, x, num_particles=100)",
+    "pv.log_evidence(vae, x, method=pv.posterior.from_guide, num_particles=100)",
 ]
 
 

@@ -33,6 +33,9 @@ from pyro_vae.program import Program
 from pyro_vae.rows import Rows, take
 from pyro_vae.seeds import Seed, derive
 
+REFINED_FROM = 256
+"""Draws that a pilot must have for peaks to be moved by it; fewer tune the shares alone."""
+
 SAFETY = 1.5
 """More particles than the pilot says the target needs, because pilots err."""
 
@@ -45,8 +48,8 @@ APART = 4.0
 PREPARED, PILOT, REPORTED, CHECKED = 0, 1, 2, 3
 """Sub-streams of a block's seed."""
 
-RETRIED = 100
-"""Added to the number of a report when it is made again."""
+RETRIED, TRIES = 100, 3
+"""Added to the number of a report when it is made again; how often it is made at most."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,9 @@ class Block:
                 failed.append((index[given_up], sampler.take(given_up), counts[given_up]))
             if len(again := bad[~hopeless]) == 0:
                 break
-            index, counts, sampler = index[again], counts[again], sampler.take(again).refine(_rows(pilot, again))
+            some, lesson = sampler.take(again), _rows(pilot, again)
+            sampler = some.refine(lesson) if size >= REFINED_FROM else some.adapt(lesson)
+            index, counts = index[again], counts[again]
         else:
             failed.append((index, sampler, counts))
         if last:
@@ -214,7 +219,7 @@ class Block:
                 again = ~estimate.reliable & ~judged.broken & sure & (wanted <= self.level.most)
                 retry.append(part[again])
                 more.append(wanted[again])
-            if len(left := torch.cat(retry)):
+            if len(left := torch.cat(retry)) and number < (TRIES - 1) * RETRIED:
                 self._report(index[left], sampler.take(left), torch.cat(more), number + RETRIED)
 
 

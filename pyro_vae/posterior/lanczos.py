@@ -22,7 +22,7 @@ PROBES = 4
 def lanczos(local: Local, least: Tensor) -> LowRank:
     """Low-rank precisions at the points of `local`, (1, P, D), curvatures positive and at least `least`.
 
-    Starting vectors and probes are always the same ones, for all points: how rows are cut to fit the memory changes nothing.
+    Starting vectors and probes are always the same ones, for all points: how rows are cut to fit the memory is no matter.
     """
     _, num_points, dim = local.gradient.shape
     rank = min(RANK, dim)

@@ -24,7 +24,7 @@ KEPT, KEPT_EVENLY = 0.05, 0.02
 """How much of the draws stays with the components of each peak as they were meant, and with all peaks alike: tuning is
 greedy, and would leave nothing for tails that the pilot has not seen."""
 
-DEFENSIVE = (0.05, 0.15, 0.15, 0.15)
+DEFENSIVE = (0.05, 0.1, 0.07, 0.05)
 """What stays with each component of a peak in hard rows: there the mixture must be wider than the posterior everywhere."""
 
 TUNING_ROUNDS = 20

@@ -229,7 +229,7 @@ def test_one_bad_row_does_not_change_the_others(method: str, fault: str) -> None
 
 @pytest.mark.parametrize("far", [torch.inf, 1e9])
 def test_a_guide_that_overflows_for_one_row_spoils_no_curvature_of_the_others(far: float) -> None:
-    """x ~ N((z_0 z_1, z_0^2 - z_1), 1/4): on the way to a mode its Hessian is not negative; what mends it is not that row."""
+    """x ~ N((z_0 z_1, z_0^2 - z_1), 1/4): some Hessians are not negative; how they are mended is no matter of that row."""
 
     def bent(z: Tensor) -> Tensor:
         return torch.stack([z[..., 0] * z[..., 1], z[..., 0].square() - z[..., 1]], -1)
