@@ -4,7 +4,7 @@
 
 Fits the two VAEs of MNIST that the claims are about (784-200-200-z: Gaussian with learned s and z = 10; Bernoulli and
 z = 50; 25 epochs each) unless `--models` names a folder that holds them, and writes one part of experiments/results/
-evidence_frontier.json after another, and a figure of nats against seconds. Seconds are of one machine: compare within a run.
+evidence_frontier.json after another, and a figure of nats against seconds. Compare seconds within a run.
 """
 
 from __future__ import annotations

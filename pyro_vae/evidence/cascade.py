@@ -3,19 +3,21 @@
 All rows start with the guide; those it does not serve go on to `laplace` with few starts, with many, and to `annealed`. In
 each level a row is judged on pilot draws: k-hat below its threshold, enough effective particles, two independent halves
 that agree, and a standard error that reaches the target with a number of particles that can be had. Where a pilot fails,
-`laplace` learns from it (`posterior.refinement`) and a larger one is drawn. What is reported are as many fresh draws as the
-pilot asks for: an engine chosen by the weights that it reports would report the lucky ones. A row whose fresh draws fail the
-same tests goes on as well; one that fails the last level is reported with the reason.
+`laplace` learns from it (`posterior.refinement`) and a larger one is drawn. What is reported are as many fresh draws as
+the pilot asks for: an engine chosen by the weights that it reports would report the lucky ones. A row whose fresh draws
+fail the same tests goes on as well; one that fails the last level is reported with the reason.
 
 Weights are blind to modes that the draws have missed, and perfect where a guide covers one of two. So modes are sought from
 several starts, and where these do not agree, or the guide alone has answered, fresh starts must find nothing that the draws
-do not cover; what they find is added.
+do not cover; nor may some draws of the guide and the prior (`posterior.coverage`). What they find is added.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,9 @@ from pyro_vae.evidence import weights
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.memory import block_rows
 from pyro_vae.posterior.annealing import Annealed
+from pyro_vae.posterior.coverage import thin, uncovered
 from pyro_vae.posterior.engine import Engine, Sampler
-from pyro_vae.posterior.local import Laplace, many, uncovered
+from pyro_vae.posterior.local import Laplace, many
 from pyro_vae.posterior.particles import Particles
 from pyro_vae.posterior.proposals import FromGuide, Proposal
 from pyro_vae.posterior.starts import at_modes
@@ -121,14 +124,8 @@ class Block:
     estimate: Estimate
 
     def __init__(self, level: Level, program: Program, rows: Rows, target: float, *, seed: Seed, memory: int) -> None:
-        self.level, self.program, self.rows, self.target, self.seed, self.memory = (
-            level,
-            program,
-            rows,
-            target,
-            seed,
-            memory,
-        )
+        self.level, self.program, self.rows = level, program, rows
+        self.target, self.seed, self.memory = target, seed, memory
         self.dim = program.log_joint(rows).dim
         self.sampler = level.engine.prepare(program, rows, seed=derive(seed, PREPARED), memory=memory)
         self.spent = self.sampler.cost.clone()
@@ -173,31 +170,34 @@ class Block:
     def _covered(
         self, index: Tensor, sampler: Sampler, judged: Judgement, passed: Tensor, number: int
     ) -> tuple[Tensor, Sampler]:
-        """`passed`, less the rows whose modes the sampler may not know; the sampler without the doubts that were cleared.
+        """`passed`, less the rows that the sampler may not cover; the sampler without the doubts that were cleared.
 
-        The guide knows of no modes at all; `laplace` says itself where it has doubts. Fresh starts decide, and what they
-        find that is not covered is added.
+        All rows are looked at by some draws of the guide and the prior. Fresh starts look where there is doubt about modes:
+        the guide knows of none, `laplace` says itself where. What is found uncovered is added.
         """
         guided = isinstance(sampler, Proposal)
+        passed, sampler, _ = self._look(thin, index, sampler, judged, passed, derive(self.seed, CHECKED, number, 0))
         asked = passed & torch.tensor([guided or bool(doubt) for doubt in sampler.doubts], device=passed.device)
-        open_rows = asked.nonzero().flatten()
-        if len(open_rows) == 0:
-            return passed, sampler
-        passed = passed.clone()
-        at = index[open_rows]
-        missed, ends, cost = uncovered(
-            self.program,
-            take(self.rows, at),
-            sampler.take(open_rows),
-            judged.estimate.log_p[open_rows],
-            num_starts=STARTS_TO_CHECK_GUIDE if guided else STARTS_TO_CHECK,
-            seed=derive(self.seed, CHECKED, number),
-            memory=self.memory,
+        look = functools.partial(uncovered, num_starts=STARTS_TO_CHECK_GUIDE if guided else STARTS_TO_CHECK)
+        clear, sampler, missed = self._look(look, index, sampler, judged, asked, derive(self.seed, CHECKED, number, 1))
+        passed = torch.where(asked, clear & (not many(missed)), passed)
+        return passed, sampler.sure((passed & asked).nonzero().flatten())
+
+    def _look(
+        self, look: Callable[..., Any], index: Tensor, sampler: Sampler, judged: Judgement, asked: Tensor, seed: int
+    ) -> tuple[Tensor, Sampler, Tensor]:
+        """The rows among `asked` where a look from outside finds nothing, the sampler with what it has found, and where."""
+        some = asked.nonzero().flatten()
+        if len(some) == 0:
+            return asked, sampler, asked[:0]
+        at, log_z = index[some], judged.estimate.log_p[some]
+        missed, where, cost = look(
+            self.program, take(self.rows, at), sampler.take(some), log_z, seed=seed, memory=self.memory
         )
         self.spent[at] += cost
-        sampler = sampler.widen(open_rows[missed], ends[missed])
-        passed[open_rows] = ~missed & (not many(missed))
-        return passed, sampler.sure(passed.nonzero().flatten())
+        clear = asked.clone()
+        clear[some] = ~missed
+        return clear, sampler.widen(some[missed], where[missed]), missed
 
     def _report(self, index: Tensor, sampler: Sampler, counts: Tensor, number: int) -> None:
         """Fresh draws for the rows at `index`, as many as `counts` says, in steps of sqrt 2.

@@ -12,7 +12,6 @@ the peaks of the other starts cover it.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,12 +20,11 @@ from torch import Tensor
 
 from pyro_vae.layouts import Values
 from pyro_vae.log_joint import LogJoint
-from pyro_vae.memory import BUDGET, at_u, gradient_rows, in_chunks
-from pyro_vae.posterior.ascent import ascend
+from pyro_vae.memory import BUDGET, at_u, in_chunks
 from pyro_vae.posterior.derivatives import Local, value_and_gradient
 from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.mixture import Mixture
-from pyro_vae.posterior.modes import ASCENT_STEPS, LARGEST_DENSE, Modes, find_modes, least_curvature
+from pyro_vae.posterior.modes import LARGEST_DENSE, Modes, find_modes, least_curvature
 from pyro_vae.posterior.particles import Particles, rounding_error
 from pyro_vae.posterior.refinement import learnt, nearest_shape, tuned, with_peak
 from pyro_vae.posterior.shapes import Shape
@@ -215,40 +213,6 @@ def _doubts(mixture: Mixture, num_starts: int) -> tuple[str, ...]:
     if many(lonely):
         return tuple(LONELY if one else f"{LONELY} in many rows" for one in lonely.tolist())
     return tuple(LONELY if one else "" for one in lonely.tolist())
-
-
-def uncovered(
-    program: Program, rows: Rows, sampler: Sampler, log_z: Tensor, *, num_starts: int, seed: Seed, memory: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in which fresh starts reach density that a sampler does not cover.
-
-    Args:
-        program: model and guide.
-        rows: N rows.
-        sampler: of these rows.
-        log_z: log p(x) by its draws, (N,).
-        num_starts: of the ascent.
-        seed: of the starts.
-        memory: bytes.
-
-    Returns:
-        boolean (N,), where the weight p / (p(x) r) at some end within ln 100 of the best passes e^3; the end where it is
-        largest, (N, D); and decoder evaluations, (N,).
-    """
-    with seeded(seed, rows[0].device):
-        starts, log_joint = find_starts(program, rows, num_starts), program.log_joint(rows)
-    missed, cost = torch.zeros_like(log_z, dtype=torch.bool), torch.zeros_like(log_z, dtype=torch.long)
-    worst = starts[0].clone()
-    for index in torch.arange(len(log_z), device=log_z.device).split(gradient_rows(program, rows, starts, memory)):
-        row = torch.arange(len(index), device=index.device).repeat(num_starts)
-        ends, values, spent = ascend(log_joint.take(index), row, starts[:, index].flatten(0, 1), ASCENT_STEPS)
-        cost[index] += 2 * spent.unflatten(0, (num_starts, -1)).sum(0)
-        values, ends = values.unflatten(0, (num_starts, -1)), ends.unflatten(0, (num_starts, -1))
-        excess = values - log_z[index] - sampler.log_density(ends, index)
-        deep = values > values.amax(0) + math.log(DOUBTFUL_SHARE)
-        largest, which = excess.masked_fill(~deep, -torch.inf).max(0)
-        missed[index], worst[index] = largest > COVERED, ends[which, torch.arange(len(index), device=index.device)]
-    return missed, worst, cost
 
 
 def many(rows: Tensor) -> bool:
