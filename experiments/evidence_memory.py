@@ -57,8 +57,9 @@ def main() -> None:
     estimate = pv.log_evidence(
         vae,
         x,
+        method=pv.posterior.from_guide,
         num_particles=options.particles,
-        on_block=lambda done: seen.append((done, time.perf_counter() - start, peak())),
+        on_block=lambda _, done, __: seen.append((done, time.perf_counter() - start, peak())),
     )
     result = {
         "rows": options.rows,

@@ -29,8 +29,10 @@ from pyro_vae.posterior.annealing import Annealed
 from pyro_vae.posterior.coverage import thin, uncovered
 from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.local import Laplace, many
+from pyro_vae.posterior.mixture import SHARES
 from pyro_vae.posterior.particles import Particles
 from pyro_vae.posterior.proposals import FromGuide, Proposal
+from pyro_vae.posterior.refinement import MOST_PEAKS
 from pyro_vae.posterior.starts import at_modes
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows, take
@@ -64,8 +66,8 @@ class Level:
         pilots: draws of each pilot; a row that fails one is tried with the next, larger one.
         least: reported draws at least.
         most: at most: a row that needs more goes on.
-        patience: a row that needs so many times more than that is not tried with a larger pilot: 1 where the sampler does not
-            learn from pilots.
+        patience: a row that needs so many times more than that is not tried with a larger pilot: 1 where the sampler does
+            not learn from pilots.
     """
 
     engine: Engine
@@ -113,6 +115,21 @@ class Judgement:
         return self.estimate.doubted([f"standard error above {target:g}" if high else "" for high in above])
 
 
+@dataclass(frozen=True)
+class Left:
+    """Rows of a block that have not passed: which, (n,), their sampler, the draws they seem to need, (n,), the next pilot."""
+
+    index: Tensor
+    sampler: Sampler
+    counts: Tensor
+    number: int
+
+    def take(self, part: Tensor) -> Left:
+        """Some of them; without a sampler where there are none."""
+        sampler = self.sampler.take(part) if len(part) else self.sampler
+        return Left(self.index[part], sampler, self.counts[part], self.number)
+
+
 class Block:
     """Some rows at one level.
 
@@ -132,32 +149,53 @@ class Block:
 
     def answer(self, *, last: bool) -> Estimate:
         """All rows judged, those that pass reported, and where this level is the `last`, the others too."""
-        index, sampler = torch.arange(len(self.rows[0]), device=self.rows[0].device), self.sampler
-        failed: list[tuple[Tensor, Sampler, Tensor]] = []
-        for number, size in enumerate(self.level.pilots):
-            pilot = self._draw(sampler, index, size, derive(self.seed, PILOT, number))
-            judged = Judgement(pilot, self.target)
-            counts = torch.clamp(SAFETY * judged.needed, min=self.level.least)
-            passed, sampler = self._covered(index, sampler, judged, judged.passed & (counts <= self.level.most), number)
-            told = ["" if ok else "too many particles needed for the target" for ok in passed.tolist()]
-            self._put(index, judged.estimate.doubted(told))
-            good, bad = passed.nonzero().flatten(), (~passed).nonzero().flatten()
-            if len(good):
-                self._report(index[good], sampler.take(good).adapt(_rows(pilot, good)), counts[good], number)
-            hopeless = judged.broken[bad] | (counts[bad] > self.level.patience * self.level.most)
-            if len(given_up := bad[hopeless]):
-                failed.append((index[given_up], sampler.take(given_up), counts[given_up]))
-            if len(again := bad[~hopeless]) == 0:
-                break
-            some, lesson = sampler.take(again), _rows(pilot, again)
-            sampler = some.refine(lesson) if size >= REFINED_FROM else some.adapt(lesson)
-            index, counts = index[again], counts[again]
-        else:
-            failed.append((index, sampler, counts))
-        if last:
-            for number, (left, its_sampler, wanted) in enumerate(failed):
-                self._report(left, its_sampler, wanted.clamp_max(self.level.most), len(self.level.pilots) + number)
+        everyone = torch.arange(len(self.rows[0]), device=self.rows[0].device)
+        queue, failed = [Left(everyone, self.sampler, torch.ones_like(everyone).double(), 0)], []
+        while queue:
+            left = queue.pop()
+            if left.number == len(self.level.pilots):
+                failed.append(left)
+                continue
+            # A pilot's draws, and what a mixture learns from them, are held at once: no more rows than that allows.
+            width = max(self.dim, MOST_PEAKS * len(SHARES))
+            parts = torch.arange(len(left.index)).split(block_rows(self.level.pilots[left.number], width))
+            if len(parts) > 1:
+                queue += [left.take(part) for part in reversed(parts)]
+                continue
+            again, given_up = self._pilot(left)
+            queue += [again] if len(again.index) else []
+            failed += [given_up] if len(given_up.index) else []
+        for left in failed if last else ():
+            number = len(self.level.pilots) + left.number
+            self._report(left.index, left.sampler, left.counts.clamp_max(self.level.most), number)
         return replace(self.estimate, evaluations=self.spent)
+
+    def _pilot(self, left: Left) -> tuple[Left, Left]:
+        """A pilot for some rows: those that pass are reported, the others may be tried again, or are given up."""
+        size = self.level.pilots[left.number]
+        pilot = self._draw(left.sampler, left.index, size, derive(self.seed, PILOT, left.number, int(left.index[0])))
+        judged = Judgement(pilot, self.target)
+        counts = torch.clamp(SAFETY * judged.needed, min=self.level.least)
+        within = judged.passed & (counts <= self.level.most)
+        passed, sampler = self._covered(left.index, left.sampler, judged, within, left.number)
+        told = ["" if ok else "too many particles needed for the target" for ok in passed.tolist()]
+        self._put(left.index, judged.estimate.doubted(told))
+        good = passed.nonzero().flatten()
+        if len(good):
+            self._report(left.index[good], sampler.take(good).adapt(_rows(pilot, good)), counts[good], left.number)
+        hopeless = judged.broken | (counts > self.level.patience * self.level.most)
+        rest = Left(left.index, sampler, counts, left.number)
+        again, given_up = (
+            rest.take((~passed & ~hopeless).nonzero().flatten()),
+            rest.take((~passed & hopeless).nonzero().flatten()),
+        )
+        if len(again.index):
+            lesson = _rows(pilot, (~passed & ~hopeless).nonzero().flatten())
+            some = again.sampler
+            again = replace(
+                again, sampler=some.refine(lesson) if size >= REFINED_FROM else some.adapt(lesson), number=left.number + 1
+            )
+        return again, given_up
 
     def _draw(self, sampler: Sampler, index: Tensor, count: int, seed: int) -> Particles:
         particles = sampler.draw(count, seed)
@@ -176,10 +214,14 @@ class Block:
         the guide knows of none, `laplace` says itself where. What is found uncovered is added.
         """
         guided = isinstance(sampler, Proposal)
-        passed, sampler, _ = self._look(thin, index, sampler, judged, passed, derive(self.seed, CHECKED, number, 0))
+        passed, sampler, _ = self._look(
+            thin, index, sampler, judged, passed, derive(self.seed, CHECKED, number, int(index[0]), 0)
+        )
         asked = passed & torch.tensor([guided or bool(doubt) for doubt in sampler.doubts], device=passed.device)
         look = functools.partial(uncovered, num_starts=STARTS_TO_CHECK_GUIDE if guided else STARTS_TO_CHECK)
-        clear, sampler, missed = self._look(look, index, sampler, judged, asked, derive(self.seed, CHECKED, number, 1))
+        clear, sampler, missed = self._look(
+            look, index, sampler, judged, asked, derive(self.seed, CHECKED, number, int(index[0]), 1)
+        )
         passed = torch.where(asked, clear & (not many(missed)), passed)
         return passed, sampler.sure((passed & asked).nonzero().flatten())
 
@@ -210,7 +252,7 @@ class Block:
             retry, more, size = [], [], block_rows(count, self.dim)
             for piece, part in enumerate((steps == step).nonzero().flatten().split(size)):
                 some = sampler.take(part)
-                seed = derive(self.seed, REPORTED, number, step, piece)
+                seed = derive(self.seed, REPORTED, number, step, piece, int(index[0]))
                 judged = Judgement(self._draw(some, index[part], count, seed), self.target)
                 estimate = judged.reported(self.target)
                 self._put(index[part], estimate)

@@ -6,7 +6,8 @@ where a posterior is skewed; the mixture of all of them (`mixture`) is drawn fro
 for p(x), whatever the modes; a mode that no start reached costs variance, and more than anyone can see if it lies far away.
 So a row in which a mode of some mass was reached by one start alone is in doubt: where one of S starts finds what no other
 does, the next start may as well (Good 1953). On a ridge every start ends elsewhere; there a mode counts as found again where
-the peaks of the other starts cover it.
+the peaks of the other starts cover it. A long shoulder without a mode of its own is covered thinly; the cascade looks for
+such mass from outside (`coverage`), a direct call does not.
 """
 
 from __future__ import annotations
