@@ -117,7 +117,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Left:
-    """Rows of a block that have not passed: which, (n,), their sampler, the draws they seem to need, (n,), the next pilot."""
+    """Rows of a block that have not passed: which, (n,), their sampler, the draws they seem to need, (n,), next pilot."""
 
     index: Tensor
     sampler: Sampler
@@ -150,7 +150,8 @@ class Block:
     def answer(self, *, last: bool) -> Estimate:
         """All rows judged, those that pass reported, and where this level is the `last`, the others too."""
         everyone = torch.arange(len(self.rows[0]), device=self.rows[0].device)
-        queue, failed = [Left(everyone, self.sampler, torch.ones_like(everyone).double(), 0)], []
+        queue = [Left(everyone, self.sampler, torch.ones_like(everyone).double(), 0)]
+        failed: list[Left] = []
         while queue:
             left = queue.pop()
             if left.number == len(self.level.pilots):
@@ -185,16 +186,11 @@ class Block:
             self._report(left.index[good], sampler.take(good).adapt(_rows(pilot, good)), counts[good], left.number)
         hopeless = judged.broken | (counts > self.level.patience * self.level.most)
         rest = Left(left.index, sampler, counts, left.number)
-        again, given_up = (
-            rest.take((~passed & ~hopeless).nonzero().flatten()),
-            rest.take((~passed & hopeless).nonzero().flatten()),
-        )
-        if len(again.index):
-            lesson = _rows(pilot, (~passed & ~hopeless).nonzero().flatten())
-            some = again.sampler
-            again = replace(
-                again, sampler=some.refine(lesson) if size >= REFINED_FROM else some.adapt(lesson), number=left.number + 1
-            )
+        later = (~passed & ~hopeless).nonzero().flatten()
+        again, given_up = rest.take(later), rest.take((~passed & hopeless).nonzero().flatten())
+        if len(later):
+            learn = again.sampler.refine if size >= REFINED_FROM else again.sampler.adapt
+            again = replace(again, sampler=learn(_rows(pilot, later)), number=left.number + 1)
         return again, given_up
 
     def _draw(self, sampler: Sampler, index: Tensor, count: int, seed: int) -> Particles:
