@@ -99,7 +99,7 @@ def linear() -> dict[str, Any]:
     """Linear-Gaussian models, 1,000 rows, against the closed form; 2,000 rows for the coverage of the cascade."""
     methods = {
         "exact": (pv.evidence.exact, None),
-        "laplace": (pv.posterior.laplace, 2000),
+        "laplace": (pv.posterior.laplace, 4000),
         "annealed": (pv.posterior.annealed, 64),
     }
     out: dict[str, Any] = {}

@@ -167,8 +167,9 @@ _judged = _Judged()
 def judging(modules: Mapping[str, nn.Module], *, validate: bool = False) -> Iterator[None]:
     """For the time of a judgement: modules in `eval()`, no new entry left in the param store, validation as asked.
 
-    All of it as before on leaving; inside another judgement of the same modules there is nothing to do. Pyro's validation would end the run of all rows for the sake of one, so programs are
-    checked with it and evaluated without; a value outside its support costs its own row, see `_Densities`.
+    All of it as before on leaving; inside another judgement of the same modules there is nothing to do. Pyro's validation
+    would end the run of all rows for the sake of one, so programs are checked with it and evaluated without; a value
+    outside its support costs its own row, see `_Densities`.
     """
     key = (validate, *map(id, modules.values()))
     if _judged.open[-1:] == [key]:  # inside a judgement of the same program, which has seen to all of it

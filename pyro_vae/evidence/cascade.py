@@ -41,7 +41,7 @@ from pyro_vae.seeds import Seed, derive
 REFINED_FROM = 256
 """Draws that a pilot must have for peaks to be moved by it; fewer tune the shares alone."""
 
-SAFETY = 1.5
+SAFETY = 1.3
 """More particles than the pilot says the target needs, because pilots err."""
 
 STARTS_TO_CHECK_GUIDE, STARTS_TO_CHECK = 4, 16
@@ -83,7 +83,7 @@ LEVELS = (
     Level(Laplace(num_starts=4), (64, 256, 1024, 1024, 2048), 100, 2**13),
     Level(Laplace(num_starts=16), (256, 1024, 1024, 2048, 4096), 256, 2**16),
     Level(Laplace(num_starts=64), (1024, 1024, 2048, 4096), 1024, 2**16),
-    Level(Annealed(start=functools.partial(at_modes, num_starts=64)), (32,), 64, 2**11),
+    Level(Annealed(start=functools.partial(at_modes, num_starts=64)), (32,), 64, 2**10),
 )
 
 
@@ -240,7 +240,7 @@ class Block:
     def _report(self, index: Tensor, sampler: Sampler, counts: Tensor, number: int) -> None:
         """Fresh draws for the rows at `index`, as many as `counts` says, in steps of sqrt 2.
 
-        Where they fail, in rows of which the sampler has no doubt, twice as many are drawn anew, or as many as it takes.
+        Where they fail, in rows of which the sampler has no doubt, as many as it takes are drawn anew, a few times at most.
         """
         steps = torch.ceil(2.0 * torch.log2(counts / self.level.least)).clamp_min(0.0).long()
         for step in steps.unique().tolist():
@@ -252,7 +252,8 @@ class Block:
                 judged = Judgement(self._draw(some, index[part], count, seed), self.target)
                 estimate = judged.reported(self.target)
                 self._put(index[part], estimate)
-                wanted = torch.clamp(SAFETY * judged.needed, min=2.0 * count)
+                # Where only the target was missed, the draws say well enough how many it takes.
+                wanted = torch.maximum(SAFETY * judged.needed, torch.where(judged.passed, 1.2, 2.0) * count)
                 sure = torch.tensor([not doubt for doubt in some.doubts], device=part.device)
                 again = ~estimate.reliable & ~judged.broken & sure & (wanted <= self.level.most)
                 retry.append(part[again])

@@ -6,9 +6,10 @@ Let Z-hat be a positive unbiased estimate of Z = p(x). By Jensen, log Z lies bet
 
 the second under the density of Z-hat times Z-hat / Z. That is the stationary distribution of the independence Metropolis
 chain that proposes fresh Z-hat' and accepts with probability min(1, Z-hat' / Z-hat) (Andrieu, Doucet & Holenstein 2010).
-Two such chains, one a step behind the other, that share proposals and uniform numbers, meet for good as soon as both accept;
-the corrected average over the first of them is unbiased for the stationary mean although no chain has converged (Jacob,
-O'Leary & Atchade 2020, arXiv:1708.03625; for such chains Middleton, Deligiannidis, Doucet & Jacob 2019, arXiv:1902.01781).
+Two such chains, one a step behind the other, that share proposals and uniform numbers, meet for good as soon as both
+accept; the corrected average over the first of them is unbiased for the stationary mean although no chain has converged
+(Jacob, O'Leary & Atchade 2020, arXiv:1708.03625; for such chains Middleton, Deligiannidis, Doucet & Jacob 2019,
+arXiv:1902.01781).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from torch import Tensor
 class Normal(dist.Normal):
     """N(loc, scale^2), with log scale computed once and not once for each element of `loc`.
 
-    torch spreads the scale over all elements before it takes logarithms; with 784 pixels and one s this costs a fifth of the
-    whole density of a VAE. In everything else it is torch's Normal.
+    torch spreads the scale over all elements before it takes logarithms; with 784 pixels and one s this costs a fifth of
+    the whole density of a VAE. In everything else it is torch's Normal.
 
     Args:
         loc: mean, (..., *event_shape).

@@ -7,8 +7,8 @@ Hamiltonian transition at each. The weight
 
 is unbiased for p(x), whatever the transitions, as long as they are not tuned on the run that is reported. So a pilot run
 tunes the step sizes, row by row and temperature by temperature; they are frozen, and fresh runs are reported. The number of
-temperatures of a row is doubled until the pilot's variance of log w over its chains is below 1, or the budget is spent. From
-a start that knows the posterior (the mixture of `laplace`) few temperatures serve; from the prior, many.
+temperatures of a row is doubled until the pilot's variance of log w over its chains is below 1, or the budget is spent.
+From a start that knows the posterior (the mixture of `laplace`) few temperatures serve; from the prior, many.
 
 A run backwards from a draw of the posterior gives a weight whose inverse is unbiased for 1 / p(x) (Grosse, Ghahramani &
 Adams 2015, arXiv:1511.02543); among forward runs it makes the mean of log p-hat an upper bound.
@@ -16,6 +16,7 @@ Adams 2015, arXiv:1511.02543); among forward runs it makes the mean of log p-hat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -180,7 +181,7 @@ class Path:
         first = 0.5 * points.u.shape[-1] ** -0.25
         step = torch.full((points.u.shape[1],), first, dtype=torch.float64, device=points.u.device)
         log_weights, used, ladder = torch.zeros_like(points.log_p), [], self.ladder(num_steps)
-        for before, beta in zip(ladder, ladder[1:], strict=False):
+        for before, beta in itertools.pairwise(ladder):
             log_weights = log_weights + (beta - before) * (points.log_p - points.log_r)
             used.append(step)
             points, accepted = transition(self.bridge, points, beta, step, self.start.shape, self.num_leapfrog)

@@ -1,8 +1,8 @@
 """Ascent to posterior modes for many rows and starts at once: limited-memory BFGS.
 
 Every (row, start) is a problem of its own with its own history, step length and convergence; one gradient of all of them is
-one call (Nocedal & Wright 2006, algorithm 7.5, with the two-loop recursion 7.4). A step that does not raise the log joint is
-taken back and tried again at a quarter of its length. Problems that have converged leave the batch.
+one call (Nocedal & Wright 2006, algorithm 7.5, with the two-loop recursion 7.4). A step that does not raise the log joint
+is taken back and tried again at a quarter of its length. Problems that have converged leave the batch.
 """
 
 from __future__ import annotations

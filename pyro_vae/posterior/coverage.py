@@ -1,8 +1,8 @@
 """Whether a sampler covers the posterior: what its own weights cannot say.
 
 Weights are blind to mass that no draw has met. Two looks from outside: fresh starts climb to modes and find peaks
-(`uncovered`); plain draws of the guide and of the prior find broad shoulders that have no mode of their own (`thin`). A place
-is covered where a draw of the sampler there would have a weight p / (p(x) r) below e^3.
+(`uncovered`); plain draws of the guide and of the prior find broad shoulders that have no mode of their own (`thin`). A
+place is covered where a draw of the sampler there would have a weight p / (p(x) r) below e^3.
 """
 
 from __future__ import annotations

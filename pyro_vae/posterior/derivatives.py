@@ -50,7 +50,7 @@ class Local:
 
 
 def derivatives(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (K, N), gradient (K, N, D) and Hessian (K, N, D, D) of the log joint at u (K, N, D), float64; no graph is kept."""
+    """Value (K, N), gradient (K, N, D) and Hessian (K, N, D, D) of a log joint at u (K, N, D), float64; keeps no graph."""
     local = Local(log_joint, u)
     return local.value, local.gradient, local.hessian()
 

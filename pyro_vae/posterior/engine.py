@@ -82,8 +82,8 @@ class Sampler(ABC):
 class Engine(ABC):
     """A way to weighted particles, with its settings.
 
-    To add one: subclass as a frozen dataclass whose fields are the settings, name it, return a `Sampler` from `prepare`, and
-    add a line to the table of engines in tests/posterior/test_engines.py.
+    To add one: subclass as a frozen dataclass whose fields are the settings, name it, return a `Sampler` from `prepare`,
+    and add a line to the table of engines in tests/posterior/test_engines.py.
     """
 
     name: ClassVar[str]

@@ -1,9 +1,9 @@
 """Hamiltonian Monte Carlo on a bridge between two densities, for all chains and rows at once.
 
 The target at inverse temperature beta is log f = (1 - beta) log r(u) + beta log p(x, u), between a start r and the
-posterior. A transition draws momenta, follows L leapfrog steps of size eps in coordinates whitened by the start's shape, and
-accepts by Metropolis (Neal 2011, arXiv:1206.1901). Densities and gradients of the accepted points are kept, so that each
-leapfrog step costs one forward and backward pass and nothing else does.
+posterior. A transition draws momenta, follows L leapfrog steps of size eps in coordinates whitened by the start's shape,
+and accepts by Metropolis (Neal 2011, arXiv:1206.1901). Densities and gradients of the accepted points are kept, so that
+each leapfrog step costs one forward and backward pass and nothing else does.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ From several starts the ascent finds the modes (`modes`); one step of Gaussian v
 where a posterior is skewed; the mixture of all of them (`mixture`) is drawn from and weighted. The mean weight is unbiased
 for p(x), whatever the modes; a mode that no start reached costs variance, and more than anyone can see if it lies far away.
 So a row in which a mode of some mass was reached by one start alone is in doubt: where one of S starts finds what no other
-does, the next start may as well (Good 1953). On a ridge every start ends elsewhere; there a mode counts as found again where
-the peaks of the other starts cover it. A long shoulder without a mode of its own is covered thinly; the cascade looks for
-such mass from outside (`coverage`), a direct call does not.
+does, the next start may as well (Good 1953). On a ridge every start ends elsewhere; there a mode counts as found again
+where the peaks of the other starts cover it. A long shoulder without a mode of its own is covered thinly; the cascade
+looks for such mass from outside (`coverage`), a direct call does not.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ laplace = Laplace()
 
 
 def find_starts(program: Program, rows: Rows, num_starts: int) -> Tensor:
-    """The guide's centre (mean of some draws, in u), draws of the prior, and draws of the guide twice as wide: (S, N, D)."""
+    """The guide's centre (mean of some draws, in u), draws of the prior, draws of the guide twice as wide: (S, N, D)."""
     log_joint = program.log_joint(rows)
     with torch.no_grad():
         draws = log_joint.flatten(program.sample(rows, 16)[0])
@@ -190,7 +190,7 @@ def find_starts(program: Program, rows: Rows, num_starts: int) -> Tensor:
 
 
 def centred(log_joint: LogJoint, modes: Modes, dtype: torch.dtype) -> Modes:
-    """Each mode moved by P^-1 E[grad log p(x, u)] under its Gaussian, towards the mean of its bump; by the ambient generator."""
+    """Each mode moved by P^-1 E[grad log p(x, u)] under its Gaussian, to the mean of its bump; ambient generator."""
     parts = []
     # A block of modes at a time, of the size that the ascent worked on.
     for index in torch.arange(len(modes.row), device=modes.row.device).split(512):

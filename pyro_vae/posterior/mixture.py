@@ -2,8 +2,8 @@
 
 Each mode m of a row, with precision P there, gives four components of the same shape: N(m, P^-1), which is the posterior
 where that is Gaussian; two wider Gaussians, which cover what is a little wider or skewed; and a wide Student t, which
-bounds the weights where tails are heavy. Draws are allotted to the components in fixed numbers (strata) and weighted by the whole
-mixture, the balance heuristic of Veach & Guibas 1995: w = p(x, u) / sum_c (K_c / K) r_c(u). How a pilot
+bounds the weights where tails are heavy. Draws are allotted to the components in fixed numbers (strata) and weighted by
+the whole mixture, the balance heuristic of Veach & Guibas 1995: w = p(x, u) / sum_c (K_c / K) r_c(u). How a pilot
 improves such a mixture is in `refinement`.
 """
 
