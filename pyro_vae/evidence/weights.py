@@ -37,7 +37,8 @@ def relative_variance(log_weights: Tensor, strata: Tensor | None = None) -> Tens
         strata: which stratum a draw belongs to, (K, N), integers from 0; None where all draws are independent and alike.
             With K_c draws in stratum c of variance s_c^2 the mean of all K has the variance sum_c K_c s_c^2 / K^2. s_c^2 is
             uncertain where K_c is small: it is taken times (K_c - 1) / (K_c - 3), the variance of a Student t of that many
-            draws, and for fewer than four draws it is the variance over all.
+            draws. Strata of fewer than four draws are taken together; if these are fewer than four, twice their squared
+            deviations from the mean of all stand for it.
     """
     weights, count = _relative(log_weights), len(log_weights)
     if count == 1:
@@ -45,14 +46,22 @@ def relative_variance(log_weights: Tensor, strata: Tensor | None = None) -> Tens
     whole = weights.var(0)
     if strata is None:
         return whole / count / weights.mean(0).square()
-    total = torch.zeros_like(whole)
+    total, few = torch.zeros_like(whole), torch.zeros_like(strata, dtype=torch.bool)
     for c in range(int(strata.max()) + 1):
         inside = strata == c
         size = inside.sum(0)
-        mean = (weights * inside).sum(0) / size.clamp_min(1)
-        squares = ((weights - mean).square() * inside).sum(0)
-        total = total + size * torch.where(size > 3, squares / (size - 3).clamp_min(1), whole)
+        total = total + torch.where(size > 3, _spread(weights, inside), 0.0)
+        few |= inside & (size <= 3)
+    about_all = 2.0 * ((weights - weights.mean(0)).square() * few).sum(0)
+    total = total + torch.where(few.sum(0) > 3, _spread(weights, few), about_all)
     return total / count**2 / weights.mean(0).square()
+
+
+def _spread(weights: Tensor, inside: Tensor) -> Tensor:
+    """n s^2 (n - 1) / (n - 3) of the n weights (K, N) `inside` a stratum: (N,); of no use for n below 4."""
+    size = inside.sum(0)
+    mean = (weights * inside).sum(0) / size.clamp_min(1)
+    return size * ((weights - mean).square() * inside).sum(0) / (size - 3).clamp_min(1)
 
 
 def standard_error(log_weights: Tensor, strata: Tensor | None = None) -> Tensor:
