@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -79,9 +79,8 @@ def log_evidence(
     aim = _aim(method, target)
     good, reasons = program.usable_rows(rows)
     index = good.nonzero().flatten()
-    estimate = _without_a_value(
-        [INTERRUPTED if ok else told for ok, told in zip(good.tolist(), reasons, strict=True)], rows
-    )
+    told = [INTERRUPTED if ok else reason for ok, reason in zip(good.tolist(), reasons, strict=True)]
+    estimate = Estimate.nothing(told, good.device)
     if len(index) == 0:
         return estimate
     report = on_block or (lambda *_: None)
@@ -209,24 +208,3 @@ def _options(method: Method | None, num_particles: int | None, memory: int) -> d
     elif num_particles is not None:
         raise ValueError(f"num_particles={num_particles}: the method {_name(method)} draws no particles, leave it out.")
     return options
-
-
-def _without_a_value(reasons: Sequence[str], rows: Rows) -> Estimate:
-    """Rows that were not evaluated: -inf outside the support, NaN where the row itself is not a number."""
-    count, device = len(reasons), rows[0].device
-    impossible = torch.tensor(["support" in reason for reason in reasons], device=device)
-    nothing = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
-    log_p = torch.where(impossible, -torch.inf, nothing)
-    zero = torch.zeros_like(nothing)
-    return Estimate(
-        log_p=log_p,
-        standard_error=torch.where(impossible, zero, torch.inf),
-        bias=zero,
-        ess=zero,
-        pareto_k=nothing,
-        lower=log_p,
-        upper=log_p,
-        evaluations=zero.long(),
-        engine=("none",) * count,
-        reasons=tuple(reasons),
-    )

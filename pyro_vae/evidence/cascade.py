@@ -138,14 +138,13 @@ class Block:
         spent: decoder evaluations, (N,).
     """
 
-    estimate: Estimate
-
     def __init__(self, level: Level, program: Program, rows: Rows, target: float, *, seed: Seed, memory: int) -> None:
         self.level, self.program, self.rows = level, program, rows
         self.target, self.seed, self.memory = target, seed, memory
         self.dim = program.log_joint(rows).dim
         self.sampler = level.engine.prepare(program, rows, seed=derive(seed, PREPARED), memory=memory)
         self.spent = self.sampler.cost.clone()
+        self.estimate = Estimate.nothing([""] * len(rows[0]), rows[0].device)
 
     def answer(self, *, last: bool) -> Estimate:
         """All rows judged, those that pass reported, and where this level is the `last`, the others too."""
@@ -199,7 +198,7 @@ class Block:
         return particles
 
     def _put(self, index: Tensor, part: Estimate) -> None:
-        self.estimate = self.estimate.put(index, part) if hasattr(self, "estimate") else part
+        self.estimate = self.estimate.put(index, part)
 
     def _covered(
         self, index: Tensor, sampler: Sampler, judged: Judgement, passed: Tensor, number: int

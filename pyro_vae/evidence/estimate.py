@@ -100,6 +100,26 @@ class Estimate:
         )
 
     @classmethod
+    def nothing(cls, reasons: Sequence[str], device: torch.device) -> Estimate:
+        """N rows that were not evaluated: -inf outside the support, as the reason says, and NaN elsewhere."""
+        count = len(reasons)
+        impossible = torch.tensor(["support" in reason for reason in reasons], device=device)
+        none = torch.full((count,), torch.nan, dtype=torch.float64, device=device)
+        log_p, zero = torch.where(impossible, -torch.inf, none), torch.zeros_like(none)
+        return cls(
+            log_p=log_p,
+            standard_error=torch.where(impossible, zero, torch.inf),
+            bias=zero,
+            ess=zero,
+            pareto_k=none,
+            lower=log_p,
+            upper=log_p,
+            evaluations=zero.long(),
+            engine=("none",) * count,
+            reasons=tuple(reasons),
+        )
+
+    @classmethod
     def cat(cls, parts: Sequence[Estimate]) -> Estimate:
         """One estimate of all rows of `parts`, in order."""
         tensors: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}

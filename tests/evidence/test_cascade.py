@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.evidence import Estimate
+from pyro_vae.evidence.cascade import LEVELS, Block
 
 
 def within(estimate: Estimate, truth: Tensor) -> Tensor:
@@ -302,3 +303,15 @@ def test_ctrl_c_before_anything_is_known_stops_all(method: pv.posterior.Engine |
     rugged.now = True
     with pytest.raises(KeyboardInterrupt):
         pv.log_evidence(rugged.program, x, method=method)
+
+
+def test_more_rows_than_a_pilot_may_hold_are_judged_in_pieces() -> None:
+    """A level whose first pilot takes 1,024 draws works on some forty rows at a time; all of 100 are answered."""
+    folded = Folded()
+    x = torch.linspace(0.3, 3.0, 100, dtype=torch.float64)
+    block = Block(LEVELS[3], folded.program, (x,), 0.05, seed=1, memory=2**30)
+    estimate = block.answer(last=False)
+    assert len(estimate) == 100
+    assert estimate.reliable.all()
+    assert ((estimate.log_p - folded.log_p(x)).abs() < 0.05).all()
+    assert (estimate.evaluations > 1024).all()
