@@ -125,29 +125,30 @@ def even_blocks(index: Tensor, most: int) -> Iterator[Tensor]:
     return iter(index.split(-(-len(index) // parts)) if parts else ())
 
 
-def finite_rows(rows: Rows) -> Tensor:
-    """Which rows hold no NaN and no infinity, boolean (N,)."""
+def finite_rows(rows: Rows, *, missing: bool = False) -> Tensor:
+    """Which rows hold no NaN and no infinity, boolean (N,); with `missing`, NaN in the first tensor is a missing value."""
     good = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)
-    for part in rows:
+    for number, part in enumerate(rows):
         if not part.dtype.is_floating_point:
             continue
         for at in row_blocks(len(part)):
-            good[at] &= torch.isfinite(part[at]).flatten(1).all(-1) if part.dim() > 1 else torch.isfinite(part[at])
+            fine = ~part[at].isinf() if missing and number == 0 else torch.isfinite(part[at])
+            good[at] &= fine.flatten(1).all(-1) if part.dim() > 1 else fine
     return good
 
 
-def require_finite(rows: Rows, name: str = "x") -> None:
-    """Refuse NaN and infinities.
+def require_finite(rows: Rows, name: str = "x", *, missing: bool = False) -> None:
+    """Refuse infinities, and NaN unless it is a missing value (in the first tensor, with `missing`).
 
     Raises:
         ValueError: names the first such row and how many there are.
     """
-    good = finite_rows(rows)
+    good = finite_rows(rows, missing=missing)
     if not bool(good.all()):
         bad = (~good).nonzero().flatten()
         raise ValueError(
-            f"{name} has NaN or infinite values in {len(bad)} of {len(good)} rows, first in row {int(bad[0])}: "
-            "remove these rows or fill the values in."
+            f"{name} has NaN or infinite values in {len(bad)} of {len(good)} rows, first in row {int(bad[0])}: remove these "
+            "rows or fill the values in, or, where NaN means a missing value, give the likelihood missing=True."
         )
 
 

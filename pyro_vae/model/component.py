@@ -38,8 +38,8 @@ def _show(value: Any) -> str:
 def describe(value: Any) -> Any:
     """`value` as JSON: components by class and settings, other modules as {"foreign": repr}."""
     if isinstance(value, Component):
-        home = type(value).__module__.rpartition(".")[2]
-        if type(value).__module__ == f"pyro_vae.model.{home}" and home in HOMES:
+        home = type(value).__module__.removeprefix("pyro_vae.model.").partition(".")[0]
+        if type(value).__module__.startswith("pyro_vae.model.") and home in HOMES:
             settings = {name: describe(setting) for name, setting in value.settings().items()}
             return {"component": f"{home}.{type(value).__name__}", "settings": settings}
     if isinstance(value, nn.Module):

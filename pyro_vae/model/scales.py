@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.model.component import Component, positive_from
+from pyro_vae.model.conditions import apply
 from pyro_vae.rows import row_blocks
 
 
@@ -24,7 +25,7 @@ class Scale(Component):
     """s as a function of the latents; add one by subclassing."""
 
     @abstractmethod
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, *given: Tensor) -> Tensor:
         """The scale at z (..., D): broadcasts against the decoder's output (..., *event_shape)."""
 
     def check_training(self, x: Tensor) -> None:
@@ -53,7 +54,7 @@ class Fixed(Scale):
         """See `Component.settings`."""
         return {"value": self.given}
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, *given: Tensor) -> Tensor:
         """The value, whatever z."""
         return self.value
 
@@ -81,7 +82,7 @@ class Learned(Scale):
         """See `Component.settings`."""
         return {"shape": self.shape, "initial": self.initial, "minimum": self.minimum}
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, *given: Tensor) -> Tensor:
         """softplus(raw) + minimum, of shape `shape`."""
         return positive_from(self.raw, self.minimum)
 
@@ -108,9 +109,9 @@ class FromNetwork(Scale):
         """See `Component.settings`."""
         return {"net": self.net, "minimum": self.minimum}
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, *given: Tensor) -> Tensor:
         """softplus(net(z)) + minimum, (..., *event_shape)."""
-        return positive_from(self.net(z), self.minimum)
+        return positive_from(apply(self.net, z, given=given), self.minimum)
 
     def check_training(self, x: Tensor) -> None:
         """See `Scale.check_training`."""

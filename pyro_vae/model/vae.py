@@ -3,7 +3,8 @@
     model:  z_i ~ p(z),  x_i ~ p(x | z_i)   for the rows i of one plate "data"
     guide:  z_i ~ q(z | x_i)
 
-For p(z) = N(0, I) and p(x | z) = N(f(z), s^2 I) this is Kingma & Welling, 2014 (arXiv:1312.6114).
+For p(z) = N(0, I) and p(x | z) = N(f(z), s^2 I) this is Kingma & Welling, 2014 (arXiv:1312.6114). Any part may read
+conditions y as well (Sohn, Lee & Yan 2015): x is then a tuple (rows, y), and p(x | y) is modelled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import files
+from pyro_vae.model import conditions
 from pyro_vae.model.component import ForeignError, describe, rebuild
+from pyro_vae.model.filling import Filling
+from pyro_vae.model.fitting import require_fit, require_kinds, row_shape
 from pyro_vae.model.guides import Guide
 from pyro_vae.model.likelihoods import Likelihood
 from pyro_vae.model.priors import Prior
@@ -42,7 +46,8 @@ class VAE(nn.Module, Program):
         guide: q(z | x), e.g. `guides.DiagonalNormal(nets.MLP(784, hidden=(400,)), latent_dim=20)`.
 
     Raises:
-        ValueError: the parts disagree on the number of latent dimensions.
+        ValueError: parts that do not go together, both named: latent sizes or shapes of a row that differ, a distribution
+            without a density where one is needed.
 
     Examples:
         >>> import pyro_vae as pv
@@ -57,34 +62,31 @@ class VAE(nn.Module, Program):
 
     def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide) -> None:
         nn.Module.__init__(self)
-        for name, part, kind in (
-            ("prior", prior, Prior),
-            ("likelihood", likelihood, Likelihood),
-            ("guide", guide, Guide),
-        ):
-            if not isinstance(part, kind):
-                raise TypeError(f"{name} is a {type(part).__name__}: give a {kind.__module__}.{kind.__name__}.")
-        sizes = {f"prior {prior!r}": prior.latent_dim, f"guide {guide!r}": guide.latent_dim}
-        decoder_size = getattr(likelihood.decoder, "in_features", None)
-        if isinstance(decoder_size, int):
-            sizes[f"decoder {likelihood.decoder!r}"] = decoder_size
-        if len(set(sizes.values())) > 1:
-            told = "; ".join(f"{part} has {size}" for part, size in sizes.items())
-            raise ValueError(f"The parts disagree on the number of latent dimensions: {told}.")
+        require_kinds(prior, likelihood, guide)
         self.prior = prior
         self.likelihood = likelihood
         self.encoder = guide
-        self._event_shape()
+        like, given = self._place(), conditions.examples(self, self._place())
+        shape = row_shape(self.prior.latent_dim, self.likelihood, like, given)
+        self.filling = Filling(shape).to(like) if likelihood.missing else None
+        with torch.no_grad(), evaluating({"vae": self}):
+            require_fit(self, like.new_zeros(1, *shape), given)
 
     def __repr__(self) -> str:
         """The call that makes it."""
         return f"VAE(\n  prior={self.prior!r},\n  likelihood={self.likelihood!r},\n  guide={self.encoder!r},\n)"
 
-    def model(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+    @property
+    def missing(self) -> bool:
+        """Whether NaN in x is a missing value."""
+        return self.likelihood.missing
+
+    def model(self, x: Tensor | None = None, *given: Tensor, size: int | None = None) -> Tensor:
         """The generative process, a Pyro model with one plate "data" and the sites "z" and "x".
 
         Args:
             x: rows to observe, (N, *event_shape); None draws them.
+            given: the conditions that the parts read, each (N, ...).
             size: N where `x` is None.
 
         Returns:
@@ -95,16 +97,33 @@ class VAE(nn.Module, Program):
         if x is None and size is None:
             raise ValueError("model() needs rows to observe, model(x), or a number of rows to draw, model(size=64).")
         with pyro.plate("data", len(x) if x is not None else size):
-            z = pyro.sample("z", self.prior())
-            rows: Tensor = pyro.sample("x", self.likelihood(z), obs=x)
+            z = pyro.sample("z", self.p_z(*given))
+            seen = x is not None and self.training
+            p = self.likelihood.seeing(x, z, *given) if seen else self.p_x(z, *given)
+            rows: Tensor = pyro.sample("x", p, obs=x)
         return rows
 
-    def guide(self, x: Tensor, size: int | None = None) -> Tensor:
+    def guide(self, x: Tensor, *given: Tensor, size: int | None = None) -> Tensor:
         """The encoder as a Pyro guide: draws "z" for the rows `x`, (N, *event_shape) -> (N, D). `size` is not used."""
         self._register("guide", self.encoder)
+        if self.filling is not None:
+            self._register("filling", self.filling)
         with pyro.plate("data", len(x)):
-            z: Tensor = pyro.sample("z", self.encoder(x))
+            z: Tensor = pyro.sample("z", self.q_z(x, *given))
         return z
+
+    def p_z(self, *given: Tensor) -> Any:
+        """p(z), batch shape () or, where the prior reads conditions, (N,); event shape (D,)."""
+        return self.prior(self.encoder) if self.prior.reads_guide else conditions.apply(self.prior, given=given)
+
+    def p_x(self, z: Tensor, *given: Tensor) -> Any:
+        """p(x | z) of latents (..., N, D): batch shape (..., N)."""
+        return self.likelihood(z, *given)
+
+    def q_z(self, x: Tensor, *given: Tensor) -> Any:
+        """q(z | x) of rows (N, *event_shape): batch shape (N,), event shape (D,)."""
+        q = self.encoder(x if self.filling is None else self.filling(x), *given)
+        return self.encoder.refine(q, lambda z: self.p_z(*given).log_prob(z) + self.p_x(z, *given).log_prob(x))
 
     def _register(self, role: str, module: nn.Module) -> None:
         """`pyro.module` under a name of this VAE's own, after a look that no entry stands for a parameter it had before."""
@@ -117,32 +136,38 @@ class VAE(nn.Module, Program):
                 del store[entry]
         pyro.module(name, module)
 
-    def generate(self, size: int, *, seed: Seed = 0, noise: bool = True) -> Tensor:
+    def generate(self, size: int, given: Data | None = None, *, seed: Seed = 0, noise: bool = True) -> Tensor:
         """Draws from the model, (size, *event_shape).
 
         Args:
             size: number of rows.
+            given: what a conditional VAE reads beside its rows: a tensor (size, ...), or a tuple of them.
             seed: of the draws.
             noise: draw x ~ p(x | z); False gives the mean E[x | z], which pictures usually show.
+
+        Raises:
+            ValueError: conditions that are missing, not needed, or refused.
         """
         positive(size=size)
+        told = () if given is None else tuple(map(torch.as_tensor, given if isinstance(given, (tuple, list)) else (given,)))
+        self._require_given(told, size)
         with torch.no_grad(), evaluating({"vae": self}), seeded(seed, self._place().device):
-            distribution = self.likelihood(self.prior().sample((size,)))
-            rows: Tensor = distribution.sample() if noise else distribution.mean
-        return rows
+            z = self.p_z(*told).expand((size,)).sample()
+            distribution = self.p_x(z, *told)
+            return distribution.sample() if noise else self.likelihood.centre(distribution)
 
     def encode(self, x: Data) -> Any:
         """q(z | x) as a distribution of batch shape (N,), no gradient."""
         rows = self._checked(x)
         with torch.no_grad(), evaluating({"vae": self}):
-            return self.encoder(rows[0])
+            return self.q_z(*rows)
 
     def reconstruct(self, x: Data) -> Tensor:
-        """E[x | z] at z = E_q[z | x], (N, *event_shape)."""
-        q = self.encode(x)
+        """E[x | z] at z = E_q[z | x], (N, *event_shape); see `Guide.centre` and `Likelihood.centre` for what stands for them."""
+        rows = self._checked(x)
         with torch.no_grad(), evaluating({"vae": self}):
-            mean: Tensor = self.likelihood(q.mean).mean
-        return mean
+            z = self.encoder.centre(self.q_z(*rows))
+            return self.likelihood.centre(self.p_x(z, *rows[1:]))
 
     def usable_rows(self, rows: Rows) -> tuple[Tensor, list[str]]:
         """All rows, or a `ValueError`: a VAE knows what its likelihood takes and says so before any work."""
@@ -152,6 +177,8 @@ class VAE(nn.Module, Program):
 
     def template(self, count: int) -> Rows:
         """See `Program.template`."""
+        if needed := conditions.count_read(self):
+            raise ValueError(f"This VAE reads {needed} tensor(s) beside its rows: give like=(x, y), some rows of real data.")
         return (self._place().new_zeros(count, *self._event_shape()),)
 
     def check_training(self, x: Data) -> None:
@@ -164,11 +191,7 @@ class VAE(nn.Module, Program):
 
     def _checked(self, x: Data) -> Rows:
         rows = as_rows(x)
-        if len(rows) != 1:
-            raise ValueError(
-                f"This VAE models one tensor of rows, but was given a tuple of {len(rows)}: give the first alone "
-                "(of a data set: items that are rows, without labels)."
-            )
+        conditions.check(self, rows[1:])
         require_place({"vae": self}, rows)
         event_shape = self._event_shape()
         if tuple(rows[0].shape[1:]) != event_shape:
@@ -176,25 +199,25 @@ class VAE(nn.Module, Program):
                 f"x has rows of shape {tuple(rows[0].shape[1:])}, this VAE models rows of shape {event_shape}: "
                 "reshape x, or build the decoder for it."
             )
-        require_finite(rows)
+        require_finite(rows, missing=self.missing)
         self.likelihood.check(rows[0])
         return rows
 
-    def _event_shape(self) -> tuple[int, ...]:
-        """Shape of one row, as the likelihood draws it.
-
-        Raises:
-            ValueError: the likelihood cannot be computed from the prior's latents.
-        """
-        z = self._place().new_zeros(1, self.prior.latent_dim)
-        try:
-            with torch.no_grad(), evaluating({"vae": self}), pyro.validation_enabled(is_validate=False):
-                return tuple(self.likelihood(z).event_shape)
-        except (RuntimeError, ValueError) as error:
-            told = str(error).rstrip(".")
+    def _require_given(self, given: Rows, size: int) -> None:
+        if len(given) != conditions.count_read(self):
             raise ValueError(
-                f"The likelihood {self.likelihood!r} cannot take latents of shape {tuple(z.shape)}: {told}."
-            ) from error
+                f"This VAE reads {conditions.count_read(self)} tensor(s) beside its rows, and generate was given {len(given)}: "
+                "give generate(size, given=y), or a tuple of them."
+            )
+        for part in given:
+            if len(part) != size:
+                raise ValueError(f"given has {len(part)} rows and size={size}: give one condition for each row.")
+        conditions.check(self, given)
+
+    def _event_shape(self) -> tuple[int, ...]:
+        """Shape of one row, as the likelihood draws it."""
+        like = self._place()
+        return row_shape(self.prior.latent_dim, self.likelihood, like, conditions.examples(self, like))
 
     def _place(self) -> Tensor:
         return next(itertools.chain(self.parameters(), self.buffers()))

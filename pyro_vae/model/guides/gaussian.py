@@ -1,11 +1,7 @@
-"""Guides q(z | x): `forward(x)` returns the distribution of a row's latents; each owns its encoder.
-
-z = mu(x) + L(x) eps with eps ~ N(0, I): L diagonal for `DiagonalNormal`, a Cholesky factor for `FullNormal`.
-"""
+"""Normal guides: z = mu(x) + L(x) eps with eps ~ N(0, I), L diagonal for `DiagonalNormal`, a Cholesky factor for `FullNormal`."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,26 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.model import kl  # noqa: F401 - registers the exact KL of FullNormal
-from pyro_vae.model.component import Component, out_features, positive_from
+from pyro_vae.model.component import out_features, positive_from
+from pyro_vae.model.guides.guide import Guide
 from pyro_vae.rows import positive
 
 MINIMUM_SCALE = 1e-6
-
-
-class Guide(Component):
-    """q(z | x).
-
-    To add one: subclass, set `latent_dim`, keep the encoder in `self.encoder`, return from `forward` a reparametrised
-    distribution of batch shape (N,) and event shape (D,), and list the constructor's arguments in `settings`. Then add a
-    line to the table in tests/model/components.py.
-    """
-
-    latent_dim: int
-    encoder: nn.Module
-
-    @abstractmethod
-    def forward(self, x: Tensor) -> Any:
-        """The distribution q(z | x), batch shape (N,), event shape (D,)."""
 
 
 class DiagonalNormal(Guide):
@@ -55,9 +36,9 @@ class DiagonalNormal(Guide):
         """See `Component.settings`."""
         return {"encoder": self.encoder, "latent_dim": self.latent_dim, "features": self.features}
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, *given: Tensor) -> Any:
         """q(z | x), batch shape (N,), event shape (D,)."""
-        features = self.encoder(x)
+        features = self.encode(x, given)
         scale = positive_from(self.raw_scale(features), MINIMUM_SCALE)
         return dist.Normal(self.loc(features), scale).to_event(1)
 
@@ -86,9 +67,9 @@ class FullNormal(Guide):
         """See `Component.settings`."""
         return {"encoder": self.encoder, "latent_dim": self.latent_dim, "features": self.features}
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, *given: Tensor) -> Any:
         """q(z | x), batch shape (N,), event shape (D,)."""
-        features = self.encoder(x)
+        features = self.encode(x, given)
         factor = torch.diag_embed(positive_from(self.raw_diagonal(features), MINIMUM_SCALE))
         if self.lower is not None:
             row, column = torch.tril_indices(self.latent_dim, self.latent_dim, offset=-1, device=factor.device)

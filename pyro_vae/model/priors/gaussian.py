@@ -1,31 +1,15 @@
-"""Priors p(z): `forward()` returns the distribution of one row's latent vector z in R^D."""
+"""Normal priors."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vae.model.component import Component
+from pyro_vae.model.priors.prior import Prior
 from pyro_vae.rows import positive
-
-
-class Prior(Component):
-    """p(z).
-
-    To add one: subclass, set `latent_dim`, return from `forward` a distribution of batch shape () and event shape (D,)
-    made of the module's own parameters and buffers, and list the constructor's arguments in `settings`. Then add a line to
-    the table in tests/model/components.py.
-    """
-
-    latent_dim: int
-
-    @abstractmethod
-    def forward(self) -> Any:
-        """The distribution p(z), batch shape (), event shape (D,)."""
 
 
 class StandardNormal(Prior):

@@ -1,0 +1,106 @@
+"""Whether a prior, a likelihood and a guide go together: tried when a VAE is built, on one row.
+
+What is refused names both objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.model.guides import Guide
+from pyro_vae.model.likelihoods import Likelihood
+from pyro_vae.model.priors import Prior
+from pyro_vae.parameters import evaluating
+from pyro_vae.rows import Rows
+
+
+def require_kinds(prior: Any, likelihood: Any, guide: Any) -> None:
+    """Refuse parts of the wrong kind, and latent sizes that differ.
+
+    Raises:
+        TypeError: a part is no `Prior`, `Likelihood` or `Guide`.
+        ValueError: the parts disagree on the number of latent dimensions.
+    """
+    for name, part, kind in (("prior", prior, Prior), ("likelihood", likelihood, Likelihood), ("guide", guide, Guide)):
+        if not isinstance(part, kind):
+            raise TypeError(f"{name} is a {type(part).__name__}: give a subclass of pv.{name}s.{kind.__name__}.")
+    sizes = {f"prior {prior!r}": prior.latent_dim, f"guide {guide!r}": guide.latent_dim}
+    decoder_size = getattr(likelihood.decoder, "in_features", None)
+    if isinstance(decoder_size, int):
+        sizes[f"decoder {likelihood.decoder!r}"] = decoder_size
+    if len(set(sizes.values())) > 1:
+        told = "; ".join(f"{part} has {size}" for part, size in sizes.items())
+        raise ValueError(f"The parts disagree on the number of latent dimensions: {told}.")
+
+
+def row_shape(latent_dim: int, likelihood: Likelihood, like: Tensor, given: Rows) -> tuple[int, ...]:
+    """Shape of one row, as the likelihood draws it.
+
+    Args:
+        latent_dim: D.
+        likelihood: p(x | z).
+        like: a tensor of the parameters' device and dtype.
+        given: one row of each condition.
+
+    Raises:
+        ValueError: the likelihood cannot be computed from such latents.
+    """
+    z = like.new_zeros(1, latent_dim)
+    try:
+        with torch.no_grad(), evaluating({"likelihood": likelihood}), pyro.validation_enabled(is_validate=False):
+            return tuple(likelihood(z, *given).event_shape)
+    except (RuntimeError, ValueError, IndexError) as error:
+        told = str(error).rstrip(".")
+        raise ValueError(f"The likelihood {likelihood!r} cannot take latents of shape {tuple(z.shape)}: {told}.") from error
+
+
+def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
+    """Refuse a guide that cannot read the likelihood's rows, and distributions without the densities that are needed.
+
+    The objective needs p(z) at draws of the guide, the evidence q(z | x) at points that were not drawn from it.
+
+    Args:
+        vae: with `prior`, `likelihood`, `encoder` and the distributions `p_z`, `q_z`.
+        x: a row, (1, *event_shape).
+        given: one row of each condition.
+
+    Raises:
+        ValueError: names both parts, or the part and what it cannot do.
+    """
+    rows = f"rows of shape {tuple(x.shape[1:])} that the likelihood {vae.likelihood!r} models"
+    with pyro.validation_enabled(is_validate=False):
+        try:
+            q = vae.q_z(x, *given)
+        except (RuntimeError, ValueError, IndexError) as error:
+            told = str(error).rstrip(".")
+            raise ValueError(f"The guide {vae.encoder!r} cannot read the {rows}: {told}.") from error
+        try:
+            p = vae.p_z(*given)
+        except (RuntimeError, ValueError, IndexError) as error:
+            told = str(error).rstrip(".")
+            raise ValueError(f"The prior {vae.prior!r} does not go with the guide {vae.encoder!r}: {told}.") from error
+        size = vae.prior.latent_dim
+        for part, distribution in ((vae.prior, p), (vae.encoder, q)):
+            if tuple(distribution.event_shape) != (size,):
+                raise ValueError(
+                    f"{part!r} returns a distribution of event shape {tuple(distribution.event_shape)} for {size} latent "
+                    f"dimensions: it must be ({size},), by .to_event(1)."
+                )
+        _require_density(vae.prior, p, "at the draws of the guide", f"the guide {vae.encoder!r}")
+        _require_density(vae.encoder, q, "at points that it did not draw", f"the prior {vae.prior!r}")
+
+
+def _require_density(part: Any, distribution: Any, where: str, other: str) -> None:
+    """Refuse a distribution that cannot be drawn from, or has no density at a point that it did not draw."""
+    try:
+        # A copy: some flows remember the densities of their own draws, and have no others.
+        distribution.log_prob(distribution.sample().clone())
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{part!r} cannot go with {other}: it has no density {where}, or cannot be drawn from "
+            f"({type(distribution).__name__}: {error or 'not implemented'}); give a flow that can be computed in both directions."
+        ) from error

@@ -1,0 +1,6 @@
+"""Guides q(z | x): `forward(x)` returns the distribution of a row's latents; each owns its encoder."""
+
+from pyro_vae.model.guides.gaussian import DiagonalNormal, FullNormal
+from pyro_vae.model.guides.guide import Guide
+
+__all__ = ["DiagonalNormal", "FullNormal", "Guide"]
