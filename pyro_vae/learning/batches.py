@@ -29,19 +29,27 @@ class Batches:
         batch_size: rows a batch; the last may have fewer.
         device: where batches go.
         transform: applied to the first tensor of each batch, e.g. `pv.data.binarise`, with the ambient generator.
+        missing: whether NaN in the first tensor is a missing value.
 
     Raises:
         ValueError: unusable rows (see `as_rows`), NaN or infinite values.
     """
 
     def __init__(
-        self, source: Source, name: str, batch_size: int, device: torch.device, transform: Transform | None = None
+        self,
+        source: Source,
+        name: str,
+        batch_size: int,
+        device: torch.device,
+        transform: Transform | None = None,
+        *,
+        missing: bool = False,
     ) -> None:
         self.name, self.batch_size, self.device, self.transform = name, batch_size, device, transform
         self._dataset = source if isinstance(source, Dataset) else None
         self._rows = None if isinstance(source, Dataset) else as_rows(source, name)
         if self._rows is not None:
-            require_finite(self._rows, name)
+            require_finite(self._rows, name, missing=missing)
             self.num_rows = len(self._rows[0])
         else:
             if not hasattr(source, "__len__"):

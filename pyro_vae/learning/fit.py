@@ -84,8 +84,9 @@ def fit(
     positive(epochs=epochs, batch_size=batch_size)
     _require_sensible(lr, clip_norm, patience, valid)
     place = _device(device)
-    batches = Batches(train, "train", batch_size, place, transform)
-    held_out = None if valid is None else Batches(valid, "valid", batch_size, place, transform)
+    missing = bool(getattr(program, "missing", False))
+    batches = Batches(train, "train", batch_size, place, transform, missing=missing)
+    held_out = None if valid is None else Batches(valid, "valid", batch_size, place, transform, missing=missing)
     for module in program.modules_found().values():
         module.to(place)
     known = set(pyro.get_param_store().keys())

@@ -33,7 +33,7 @@ def apply(part: Any, *inputs: Tensor, given: Rows) -> Any:
 
 
 def beside(condition: Tensor, inputs: Tensor) -> Tensor:
-    """`condition` (N, ...) for inputs (..., N, features): expanded to (..., N, ...), so that particles share their row's."""
+    """`condition` (N, ...) for inputs (..., N, features): expanded to (..., N, ...): particles share their row's."""
     return condition.expand(*inputs.shape[: inputs.dim() - 2], *condition.shape)
 
 
@@ -45,7 +45,9 @@ def count_read(module: nn.Module) -> int:
 def examples(module: nn.Module, like: Tensor) -> Rows:
     """One row of each condition: by the `example` of a part that reads it, else the label 0."""
     found = {
-        part.reads[0]: part.example(like) for part in module.modules() if hasattr(part, "example") and hasattr(part, "reads")
+        part.reads[0]: part.example(like)
+        for part in module.modules()
+        if hasattr(part, "example") and hasattr(part, "reads")
     }
     label = torch.zeros(1, dtype=torch.long, device=like.device)
     return tuple(found.get(position, label) for position in range(1, count_read(module) + 1))

@@ -102,5 +102,5 @@ def _require_density(part: Any, distribution: Any, where: str, other: str) -> No
     except NotImplementedError as error:
         raise ValueError(
             f"{part!r} cannot go with {other}: it has no density {where}, or cannot be drawn from "
-            f"({type(distribution).__name__}: {error or 'not implemented'}); give a flow that can be computed in both directions."
+            f"({type(distribution).__name__}: {error or 'not implemented'}); give a flow that runs in both directions."
         ) from error

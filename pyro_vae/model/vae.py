@@ -24,9 +24,12 @@ from pyro_vae.model.component import ForeignError, describe, rebuild
 from pyro_vae.model.filling import Filling
 from pyro_vae.model.fitting import require_fit, require_kinds, row_shape
 from pyro_vae.model.guides import Guide
+from pyro_vae.model.imputation import draw_missing
 from pyro_vae.model.likelihoods import Likelihood
 from pyro_vae.model.priors import Prior
 from pyro_vae.parameters import evaluating, require_place
+from pyro_vae.posterior import laplace
+from pyro_vae.posterior.engine import Engine
 from pyro_vae.program import Program
 from pyro_vae.rows import Data, Rows, as_rows, positive, require_finite
 from pyro_vae.seeds import Seed, seeded
@@ -163,11 +166,40 @@ class VAE(nn.Module, Program):
             return self.q_z(*rows)
 
     def reconstruct(self, x: Data) -> Tensor:
-        """E[x | z] at z = E_q[z | x], (N, *event_shape); see `Guide.centre` and `Likelihood.centre` for what stands for them."""
+        """E[x | z] at z = E_q[z | x], (N, *event_shape); without such means, see the parts' `centre`."""
         rows = self._checked(x)
         with torch.no_grad(), evaluating({"vae": self}):
             z = self.encoder.centre(self.q_z(*rows))
             return self.likelihood.centre(self.p_x(z, *rows[1:]))
+
+    def impute(
+        self,
+        x: Data,
+        num_draws: int = 1,
+        *,
+        method: Engine = laplace,
+        num_particles: int | None = None,
+        seed: Seed = 0,
+    ) -> Tensor:
+        """Posterior draws of the missing values, NaN in x, given the values that were seen.
+
+        Args:
+            x: rows (N, *event_shape), or a tuple of them and conditions.
+            num_draws: M.
+            method: the engine that finds p(z | x_seen).
+            num_particles: K of that engine, None for its default. Draws are taken from these K, so K should be well above M.
+            seed: of all draws.
+
+        Returns:
+            rows without missing values, (M, N, *event_shape); what was seen is as it was.
+
+        Raises:
+            ValueError: the likelihood takes no missing values; rows that it cannot take.
+        """
+        positive(num_draws=num_draws)
+        if not self.missing:
+            raise ValueError(f"The likelihood {self.likelihood!r} takes no missing values: build it with missing=True.")
+        return draw_missing(self, self.p_x, self._checked(x), num_draws, method, num_particles, seed)
 
     def usable_rows(self, rows: Rows) -> tuple[Tensor, list[str]]:
         """All rows, or a `ValueError`: a VAE knows what its likelihood takes and says so before any work."""
@@ -178,7 +210,9 @@ class VAE(nn.Module, Program):
     def template(self, count: int) -> Rows:
         """See `Program.template`."""
         if needed := conditions.count_read(self):
-            raise ValueError(f"This VAE reads {needed} tensor(s) beside its rows: give like=(x, y), some rows of real data.")
+            raise ValueError(
+                f"This VAE reads {needed} tensor(s) beside its rows: give like=(x, y), some rows of real data."
+            )
         return (self._place().new_zeros(count, *self._event_shape()),)
 
     def check_training(self, x: Data) -> None:
@@ -204,9 +238,9 @@ class VAE(nn.Module, Program):
         return rows
 
     def _require_given(self, given: Rows, size: int) -> None:
-        if len(given) != conditions.count_read(self):
+        if len(given) != (needed := conditions.count_read(self)):
             raise ValueError(
-                f"This VAE reads {conditions.count_read(self)} tensor(s) beside its rows, and generate was given {len(given)}: "
+                f"This VAE reads {needed} tensor(s) beside its rows, and generate was given {len(given)}: "
                 "give generate(size, given=y), or a tuple of them."
             )
         for part in given:

@@ -1,4 +1,4 @@
-"""Normal guides: z = mu(x) + L(x) eps with eps ~ N(0, I), L diagonal for `DiagonalNormal`, a Cholesky factor for `FullNormal`."""
+"""Normal guides: z = mu(x) + L(x) eps with eps ~ N(0, I), L diagonal (`DiagonalNormal`) or triangular (`FullNormal`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What every likelihood p(x | z) is.
 
 With z of shape (..., D) the decoder returns (..., *event_shape) and the distribution has batch shape (...), so the same
-object serves rows (N, D) and particles (K, N, D). `given` are the conditions, tensors (N, ...), see `pyro_vae.model.conditions`.
+object serves rows (N, D) and particles (K, N, D). `given` are the conditions, tensors (N, ...), see
+`pyro_vae.model.conditions`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from pyro_vae.rows import Rows, row_blocks
 class Likelihood(Component):
     """p(x | z).
 
-    To add one: subclass `Elementwise` where the dimensions of x are independent given z, else this class. Keep the decoder in
-    `self.decoder`; say in `takes`, `mend` and `inside` which data it takes; list the constructor's arguments in `settings`.
-    Then add a line to the table in tests/model/components.py.
+    To add one: subclass `Elementwise` where the dimensions of x are independent given z, else this class. Keep the decoder
+    in `self.decoder`; say in `takes`, `mend` and `inside` which data it takes; list the constructor's arguments in
+    `settings`. Then add a line to the table in tests/model/components.py.
 
     Args:
         decoder: (..., D) -> (..., *event_shape) or what the subclass makes of it.
         missing: whether NaN in x is a missing value; otherwise it is an error.
 
     Attributes:
-        discrete: whether p(x | z) is a probability and not a density: bits per dimension exist, and it compares with its kind.
+        discrete: whether p(x | z) is a probability and not a density.
         takes: the support, in words.
         mend: what to do with data outside it.
     """
@@ -52,7 +53,7 @@ class Likelihood(Component):
         return decoded
 
     def seeing(self, x: Tensor, z: Tensor, *given: Tensor) -> Any:
-        """p(x | z) while it is trained on the rows x, (N, *event_shape): the same, unless a parameter has its optimum there."""
+        """p(x | z) while it is trained on rows x (N, *event_shape): the same, unless a parameter has its optimum there."""
         return self(z, *given)
 
     def centre(self, distribution: Any) -> Tensor:

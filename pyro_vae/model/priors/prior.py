@@ -18,7 +18,7 @@ class Prior(Component):
 
     Attributes:
         latent_dim: D.
-        reads_guide: whether `forward` is handed the VAE's guide, as `VampPrior` is, which so registers none of its parameters.
+        reads_guide: whether `forward` is handed the VAE's guide (`VampPrior`): no parameter of it is registered twice.
     """
 
     latent_dim: int
