@@ -9,8 +9,9 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_vae.model import guides, likelihoods, priors
 from pyro_vae.model.guides import Guide
 from pyro_vae.model.likelihoods import Likelihood
 from pyro_vae.model.priors import Prior
@@ -18,16 +19,23 @@ from pyro_vae.parameters import evaluating
 from pyro_vae.rows import Rows
 
 
-def require_kinds(prior: Any, likelihood: Any, guide: Any) -> None:
-    """Refuse parts of the wrong kind, and latent sizes that differ.
+def as_parts(prior: Any, likelihood: Any, guide: Any) -> tuple[Prior, Likelihood, Guide]:
+    """The three parts, plain modules made `Custom` ones; refused are other kinds, and latent sizes that differ.
 
     Raises:
-        TypeError: a part is no `Prior`, `Likelihood` or `Guide`.
+        TypeError: a part is neither a `Prior`, `Likelihood` or `Guide` nor a module that could stand for one.
         ValueError: the parts disagree on the number of latent dimensions.
     """
-    for name, part, kind in (("prior", prior, Prior), ("likelihood", likelihood, Likelihood), ("guide", guide, Guide)):
-        if not isinstance(part, kind):
-            raise TypeError(f"{name} is a {type(part).__name__}: give a subclass of pv.{name}s.{kind.__name__}.")
+    for name, part, kinds in (
+        ("prior", prior, (Prior,)),
+        ("likelihood", likelihood, (Likelihood,)),
+        ("guide", guide, (Guide,)),
+    ):
+        if not isinstance(part, (nn.Module, *kinds)) or isinstance(part, _OTHERS[name]):
+            raise TypeError(f"{name} is a {type(part).__name__}: {_wanted(name)}.")
+    prior = prior if isinstance(prior, Prior) else priors.Custom(prior)
+    likelihood = likelihood if isinstance(likelihood, Likelihood) else likelihoods.Custom(likelihood)
+    guide = guide if isinstance(guide, Guide) else guides.Custom(guide, prior.latent_dim)
     sizes = {f"prior {prior!r}": prior.latent_dim, f"guide {guide!r}": guide.latent_dim}
     decoder_size = getattr(likelihood.decoder, "in_features", None)
     if isinstance(decoder_size, int):
@@ -35,6 +43,15 @@ def require_kinds(prior: Any, likelihood: Any, guide: Any) -> None:
     if len(set(sizes.values())) > 1:
         told = "; ".join(f"{part} has {size}" for part, size in sizes.items())
         raise ValueError(f"The parts disagree on the number of latent dimensions: {told}.")
+    return prior, likelihood, guide
+
+
+_OTHERS = {"prior": (Likelihood, Guide), "likelihood": (Prior, Guide), "guide": (Prior, Likelihood)}
+_CALLS = {"prior": "forward()", "likelihood": "forward(z)", "guide": "forward(x)"}
+
+
+def _wanted(name: str) -> str:
+    return f"give a pv.{name}s.{name.capitalize()}, or a module whose {_CALLS[name]} returns a distribution"
 
 
 def row_shape(latent_dim: int, likelihood: Likelihood, like: Tensor, given: Rows) -> tuple[int, ...]:
@@ -52,10 +69,11 @@ def row_shape(latent_dim: int, likelihood: Likelihood, like: Tensor, given: Rows
     z = like.new_zeros(1, latent_dim)
     try:
         with torch.no_grad(), evaluating({"likelihood": likelihood}), pyro.validation_enabled(is_validate=False):
-            return tuple(likelihood(z, *given).event_shape)
+            p = likelihood(z, *given)
     except (RuntimeError, ValueError, IndexError) as error:
         told = str(error).rstrip(".")
         raise ValueError(f"The likelihood {likelihood!r} cannot take latents of shape {tuple(z.shape)}: {told}.") from error
+    return tuple(_distribution(p, "likelihood", likelihood.decoder).event_shape)
 
 
 def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
@@ -83,6 +101,7 @@ def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
         except (RuntimeError, ValueError, IndexError) as error:
             told = str(error).rstrip(".")
             raise ValueError(f"The prior {vae.prior!r} does not go with the guide {vae.encoder!r}: {told}.") from error
+        _distribution(q, "guide", vae.encoder.encoder)
         size = vae.prior.latent_dim
         for part, distribution in ((vae.prior, p), (vae.encoder, q)):
             if tuple(distribution.event_shape) != (size,):
@@ -92,6 +111,12 @@ def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
                 )
         _require_density(vae.prior, p, "at the draws of the guide", f"the guide {vae.encoder!r}")
         _require_density(vae.encoder, q, "at points that it did not draw", f"the prior {vae.prior!r}")
+
+
+def _distribution(found: Any, name: str, part: nn.Module) -> Any:
+    if not hasattr(found, "event_shape"):
+        raise TypeError(f"{name} is a {type(part).__name__}, which returns a {type(found).__name__}: {_wanted(name)}.")
+    return found
 
 
 def _require_density(part: Any, distribution: Any, where: str, other: str) -> None:

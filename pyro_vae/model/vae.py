@@ -22,7 +22,7 @@ from pyro_vae import files
 from pyro_vae.model import conditions
 from pyro_vae.model.component import ForeignError, describe, rebuild
 from pyro_vae.model.filling import Filling
-from pyro_vae.model.fitting import require_fit, require_kinds, row_shape
+from pyro_vae.model.fitting import as_parts, require_fit, row_shape
 from pyro_vae.model.guides import Guide
 from pyro_vae.model.imputation import draw_missing
 from pyro_vae.model.likelihoods import Likelihood
@@ -42,6 +42,8 @@ _count = itertools.count()
 
 class VAE(nn.Module, Program):
     """A VAE as a `Program`: everything that takes a program takes it, and so does plain Pyro.
+
+    A module of your own whose `forward` returns a distribution may stand for any of the three.
 
     Args:
         prior: p(z), e.g. `priors.StandardNormal(20)`.
@@ -63,15 +65,12 @@ class VAE(nn.Module, Program):
         torch.Size([3, 5])
     """
 
-    def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide) -> None:
+    def __init__(self, prior: Prior | nn.Module, likelihood: Likelihood | nn.Module, guide: Guide | nn.Module) -> None:
         nn.Module.__init__(self)
-        require_kinds(prior, likelihood, guide)
-        self.prior = prior
-        self.likelihood = likelihood
-        self.encoder = guide
+        self.prior, self.likelihood, self.encoder = as_parts(prior, likelihood, guide)
         like, given = self._place(), conditions.examples(self, self._place())
         shape = row_shape(self.prior.latent_dim, self.likelihood, like, given)
-        self.filling = Filling(shape).to(like) if likelihood.missing else None
+        self.filling = Filling(shape).to(like) if self.likelihood.missing else None
         with torch.no_grad(), evaluating({"vae": self}):
             require_fit(self, like.new_zeros(1, *shape), given)
 
@@ -187,7 +186,7 @@ class VAE(nn.Module, Program):
             x: rows (N, *event_shape), or a tuple of them and conditions.
             num_draws: M.
             method: the engine that finds p(z | x_seen).
-            num_particles: K of that engine, None for its default. Draws are taken from these K, so K should be well above M.
+            num_particles: K of that engine, None for its default. Draws are taken from these K: well above M.
             seed: of all draws.
 
         Returns:

@@ -152,7 +152,7 @@ def test_parts_that_disagree_are_both_named() -> None:
             likelihood=LIKELIHOODS["Bernoulli"](2, (6,)),
             guide=GUIDES["FullNormal"](6, 3),
         )
-    with pytest.raises(TypeError, match=r"prior is a MLP: give a subclass of pv.priors.Prior"):
+    with pytest.raises(TypeError, match=r"prior is a MLP: give a pv.priors.Prior, or a module whose"):
         pv.VAE(prior=pv.nets.MLP(2, 2), likelihood=LIKELIHOODS["Bernoulli"](2, (6,)), guide=GUIDES["FullNormal"](6, 2))  # type: ignore[arg-type]
 
 
