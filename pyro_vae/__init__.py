@@ -24,12 +24,14 @@ _MODULES = {
     "priors": "pyro_vae.model.priors",
 }
 _NAMES = {
+    "Comparison": "pyro_vae.report.comparison",
     "Estimate": "pyro_vae.evidence.estimate",
     "History": "pyro_vae.learning.history",
     "Particles": "pyro_vae.posterior.particles",
     "Program": "pyro_vae.program",
     "VAE": "pyro_vae.model.vae",
     "check": "pyro_vae.program",
+    "compare": "pyro_vae.report.comparing",
     "fit": "pyro_vae.learning.fit",
     "load": "pyro_vae.model.vae",
     "log_evidence": "pyro_vae.evidence.blocks",
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from pyro_vae.program import check as check
     from pyro_vae.report import diagnostics as diagnostics
     from pyro_vae.report import plots as plots
+    from pyro_vae.report.comparing import compare as compare
+    from pyro_vae.report.comparison import Comparison as Comparison
 
 
 def __getattr__(name: str) -> Any:

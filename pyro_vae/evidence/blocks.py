@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_vae.evidence.cascade import LEVELS, Block, Level
 from pyro_vae.evidence.estimate import Estimate
+from pyro_vae.evidence.observed import discrete_dimensions
 from pyro_vae.memory import BLOCK_ROWS, BUDGET, block_rows
 from pyro_vae.parameters import judging
 from pyro_vae.posterior.engine import Engine
@@ -65,9 +66,9 @@ def log_evidence(
         on_block: called with what is at work, rows done and rows given after each block.
 
     Returns:
-        the estimate. Of a bare `Program`, a row outside the likelihood's support has -inf, a row with NaN has NaN; both
-        are marked, with the reason, and disturb no other row. After Ctrl-C (KeyboardInterrupt) what is finished: the rows
-        that were not reached have NaN and the reason.
+        the estimate; that of discrete data knows its dimensions, for bits per dimension. Of a bare `Program`, a row
+        outside the likelihood's support has -inf, a row with NaN has NaN; both are marked, with the reason, and disturb no
+        other row. After Ctrl-C (KeyboardInterrupt) what is finished: rows that were not reached have NaN and the reason.
 
     Raises:
         ValueError: the program does not fit (see `check`), `x` is not usable, a `VAE` is given rows it cannot model.
@@ -85,14 +86,17 @@ def log_evidence(
         return estimate
     report = on_block or (lambda *_: None)
     with judging(program.modules_found()):
+        dimensions = discrete_dimensions(program, rows, index)
         if method is None:
-            return _cascade(program, rows, index, estimate, aim, seed, memory, report)
-        # Bad rows keep their place, filled with a good row's values, so that all other rows keep their random numbers.
-        everything = torch.arange(len(good), device=good.device)
-        filled = take(rows, torch.where(good, everything, index[0]))
-        done, _ = _finished(_one_method(program, filled, method, options, seed, report))
-    reached = index[index < len(done)]
-    return estimate.put(reached, done.take(reached))
+            estimate = _cascade(program, rows, index, estimate, aim, seed, memory, report)
+        else:
+            # Bad rows keep their place, filled with a good row's values, so that all others keep their random numbers.
+            everything = torch.arange(len(good), device=good.device)
+            filled = take(rows, torch.where(good, everything, index[0]))
+            done, _ = _finished(_one_method(program, filled, method, options, seed, report))
+            reached = index[index < len(done)]
+            estimate = estimate.put(reached, done.take(reached))
+    return replace(estimate, dimensions=dimensions)
 
 
 def _cascade(

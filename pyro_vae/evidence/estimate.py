@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MINIMUM_ESS = 10.0
 """Below this many effective particles neither the estimate nor its error means anything."""
 
-TENSORS = ("log_p", "standard_error", "bias", "ess", "pareto_k", "lower", "upper", "evaluations")
+TENSORS = ("log_p", "standard_error", "bias", "ess", "pareto_k", "lower", "upper", "evaluations", "dimensions")
 TEXTS = ("engine", "reasons")
 """Fields of an `Estimate`, each with N entries."""
 
@@ -40,6 +40,8 @@ class Estimate:
         evaluations: what the row cost: passes through the decoder, forwards or backwards, for one particle; integer.
         engine: what answered, N texts.
         reasons: N texts, why a row is not reliable; empty where it is.
+        dimensions: d, how many discrete numbers the row observes, missing ones not counted; integer, 0 where p(x) is a
+            density. `log_evidence` counts them; an estimate made by hand has 0.
     """
 
     log_p: Tensor
@@ -52,6 +54,12 @@ class Estimate:
     evaluations: Tensor
     engine: tuple[str, ...]
     reasons: tuple[str, ...]
+    dimensions: Tensor = cast(Tensor, None)  # noqa: RUF009 - a tensor as soon as the object is made
+
+    def __post_init__(self) -> None:
+        """Where the dimensions were not counted there are none."""
+        if self.dimensions is None:
+            object.__setattr__(self, "dimensions", torch.zeros_like(self.log_p).long())
 
     @classmethod
     def from_particles(cls, particles: Particles) -> Estimate:
@@ -179,6 +187,39 @@ class Estimate:
         values = self.log_p[~self.log_p.isnan()]
         return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
+    @property
+    def discrete(self) -> bool:
+        """Whether log p(x) is that of discrete data, so that `bits_per_dimension` exists."""
+        return bool((self.dimensions > 0).any())
+
+    @property
+    def bits_per_dimension(self) -> Tensor:
+        """-log p(x) / (d ln 2) of each row, (N,): less is better; NaN where a row observes nothing.
+
+        Raises:
+            ValueError: p(x) is a density.
+        """
+        self._require_discrete()
+        return -self.log_p / (self.dimensions * math.log(2.0))
+
+    @property
+    def mean_bits_per_dimension(self) -> float:
+        """Bits of all rows that have a number by the dimensions of all these rows.
+
+        Raises:
+            ValueError: p(x) is a density.
+        """
+        self._require_discrete()
+        known = ~self.log_p.isnan()
+        return float(-self.log_p[known].sum() / (self.dimensions[known].sum() * math.log(2.0)))
+
+    def _require_discrete(self) -> None:
+        if not self.discrete:
+            raise ValueError(
+                "p(x) is a density, which depends on the unit of x, so that it has no bits per dimension: give a "
+                "likelihood of discrete data, such as Bernoulli, or see `log_p` in nats."
+            )
+
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Ends of the interval log_p - bias +- z standard errors that covers log p(x) with probability `level`."""
         if not 0.0 < level < 1.0:
@@ -188,21 +229,29 @@ class Estimate:
         return centre - z * self.standard_error, centre + z * self.standard_error
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line a row: row, log_p, standard_error, bias, lower, upper, ess, pareto_k, evaluations, engine, reliable."""
+        """One line a row: row, log_p, standard_error, bias, lower, upper, ess, pareto_k, evaluations, engine, reliable.
+
+        Then reason and, of discrete data, dimensions and bits_per_dimension.
+        """
         import pandas as pd
 
         columns = ["log_p", "standard_error", "bias", "lower", "upper", "ess", "pareto_k", "evaluations"]
         frame = pd.DataFrame({name: getattr(self, name).cpu().numpy() for name in columns})
         frame.insert(0, "row", range(len(self)))
-        return frame.assign(engine=self.engine, reliable=self.reliable.cpu().numpy(), reason=self.reasons)
+        frame = frame.assign(engine=self.engine, reliable=self.reliable.cpu().numpy(), reason=self.reasons)
+        if self.discrete:
+            frame["dimensions"] = self.dimensions.cpu().numpy()
+            frame["bits_per_dimension"] = self.bits_per_dimension.cpu().numpy()
+        return frame
 
     def __repr__(self) -> str:
         """Value, errors, diagnostics and, where there is one, the warning."""
         reliable = int(self.reliable.sum())
         counts = Counter(self.engine)
         engines = ", ".join(name if len(counts) == 1 else f"{count} by {name}" for name, count in counts.items())
+        bits = f", {self.mean_bits_per_dimension:.3f} bits per dimension" if self.discrete else ""
         lines = [
-            f"log p(x) = {self.mean:.4f} nats a row ({engines}, {len(self)} rows)",
+            f"log p(x) = {self.mean:.4f} nats a row{bits} ({engines}, {len(self)} rows)",
             f"  Monte Carlo error {self.mean_standard_error:.2g}, data error {self.data_standard_error:.2g}, "
             f"mean bias {float(self.bias.mean()):.2g}",
         ]

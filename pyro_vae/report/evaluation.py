@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import io
 import math
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +31,7 @@ from pyro_vae.posterior.engine import Engine
 from pyro_vae.program import Program
 from pyro_vae.report import growth, plots
 from pyro_vae.report.bars import Bars
+from pyro_vae.report.interrupts import watched
 from pyro_vae.report.plots.figure import looks
 from pyro_vae.seeds import derive
 
@@ -162,6 +159,7 @@ class Evaluation:
             "mean_standard_error": estimate.mean_standard_error,
             "data_standard_error": estimate.data_standard_error,
             "mean_bias": float(estimate.bias.mean()),
+            **({"bits_per_dimension": estimate.mean_bits_per_dimension} if estimate.discrete else {}),
             "reliable": int(estimate.reliable.sum()),
             "interrupted": self.interrupted,
             "engines": self.engines(),
@@ -209,7 +207,7 @@ def run(
     """
     method = None if asked.method == CASCADE else METHODS[asked.method]
     bars, box, drawn = Bars(progress or Progress(disable=True), asked.method if method else None, len(x)), None, []
-    with _watched() as watch:
+    with watched() as watch:
         estimate = evidence.log_evidence(
             program,
             x,
@@ -283,36 +281,3 @@ def _compared(asked: Asked) -> dict[str, Any]:
     engine: Engine = METHODS[asked.method]
     most = asked.particles or min(engine.default_particles, growth.NUMBERS[-1])
     return {"methods": {asked.method: engine}, "ks": [*(k for k in growth.NUMBERS if k < most), most]}
-
-
-class _Watch:
-    """Whether Ctrl-C came."""
-
-    came = False
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Ctrl-C ends what is inside, and nothing else."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            self.came = True
-
-
-@contextmanager
-def _watched() -> Iterator[_Watch]:
-    """Note Ctrl-C on its way: `log_evidence` returns what is finished and does not say that it was interrupted."""
-    watch, before = _Watch(), signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield watch
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        watch.came = True
-        before(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield watch
-    finally:
-        signal.signal(signal.SIGINT, before)

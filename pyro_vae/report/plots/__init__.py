@@ -5,6 +5,7 @@ markers or words as well.
 """
 
 from pyro_vae.report.plots.bounds import inference_gap, sandwich
+from pyro_vae.report.plots.comparison import comparison
 from pyro_vae.report.plots.curves import convergence, learning_curve, rate_distortion
 from pyro_vae.report.plots.figure import save
 from pyro_vae.report.plots.histograms import pareto_k
@@ -12,6 +13,7 @@ from pyro_vae.report.plots.latents import latent_space, latent_usage
 from pyro_vae.report.plots.pictures import images, reconstructions
 
 __all__ = [
+    "comparison",
     "convergence",
     "images",
     "inference_gap",
