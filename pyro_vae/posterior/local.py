@@ -25,9 +25,10 @@ from pyro_vae.memory import BUDGET, at_u, in_chunks
 from pyro_vae.posterior.derivatives import Local, value_and_gradient
 from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.mixture import Mixture
-from pyro_vae.posterior.modes import LARGEST_DENSE, Modes, find_modes, least_curvature
+from pyro_vae.posterior.modes import LARGEST_DENSE, Modes, find_modes, join, least_curvature
 from pyro_vae.posterior.particles import Particles, rounding_error
 from pyro_vae.posterior.refinement import learnt, nearest_shape, tuned, with_peak
+from pyro_vae.posterior.secants import with_kinks
 from pyro_vae.posterior.shapes import Shape
 from pyro_vae.posterior.shapes import positive as positive_precision
 from pyro_vae.program import Program
@@ -36,6 +37,9 @@ from pyro_vae.seeds import Seed, seeded
 
 PAIRS = 8
 """Antithetic pairs that estimate the mean gradient under a Gaussian: what is odd in it cancels."""
+
+KINKED_MOVES = 6
+"""Steps to the mean of a bump among kinks: the mode itself lies at one of them, and anywhere."""
 
 LONGEST_MOVE = 1.0
 """In standard deviations: a longer one says that the Gaussian is no picture of the bump."""
@@ -190,19 +194,37 @@ def find_starts(program: Program, rows: Rows, num_starts: int) -> Tensor:
 
 
 def centred(log_joint: LogJoint, modes: Modes, dtype: torch.dtype) -> Modes:
-    """Each mode moved by P^-1 E[grad log p(x, u)] under its Gaussian, to the mean of its bump; ambient generator."""
+    """Each mode moved by P^-1 E[grad log p(x, u)] under its Gaussian, to the mean of its bump; ambient generator.
+
+    Where the same gradients show kinks that the Hessian has missed, P is mended first (`secants`).
+    """
     parts = []
     # A block of modes at a time, of the size that the ascent worked on.
     for index in torch.arange(len(modes.row), device=modes.row.device).split(512):
         some = modes.take(index)
         noise = torch.randn(PAIRS, *some.u.shape, dtype=torch.float64, device=some.u.device)
-        away = some.shape.colour(noise)
-        points, there = torch.cat([some.u + away, some.u - away]).to(dtype), log_joint.take(some.row)
-        gradient = torch.cat([value_and_gradient(there, part)[1] for part in points.split(4)])
-        step = some.shape.precondition(gradient.double().mean(0, keepdim=True))
-        step = step * (LONGEST_MOVE / step.norm(dim=-1, keepdim=True).clamp_min(LONGEST_MOVE))
-        parts.append(some.u + some.shape.colour(step)[0])
-    return replace(modes, u=torch.cat(parts))
+        there = log_joint.take(some.row)
+        moved, turned = _moved(there, some, noise, dtype)
+        mended, kinked = with_kinks(there, some, turned, noise, dtype)
+        if len(among := kinked.nonzero().flatten()):
+            narrow, where = mended.take(among), there.take(among)
+            for _ in range(KINKED_MOVES):
+                narrow = replace(narrow, u=_moved(where, narrow, noise[:, among], dtype)[0])
+            moved[among] = narrow.u
+        parts.append(replace(mended, u=moved))
+    return join(parts)
+
+
+def _moved(log_joint: LogJoint, modes: Modes, noise: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where one step of Gaussian variational inference takes each mode, (P, D), and the `turn` of its gradient, (P,)."""
+    away, pairs = modes.shape.colour(noise), len(noise)
+    points = torch.cat([modes.u + away, modes.u - away]).to(dtype)
+    gradient = torch.cat([value_and_gradient(log_joint, part)[1] for part in points.split(4)]).double()
+    step = modes.shape.precondition(gradient.mean(0, keepdim=True))
+    step = step * (LONGEST_MOVE / step.norm(dim=-1, keepdim=True).clamp_min(LONGEST_MOVE))
+    difference = modes.shape.precondition(gradient[pairs:] - gradient[:pairs])
+    turned = (difference * noise).sum(-1).mean(0) / (2.0 * noise.shape[-1])
+    return modes.u + modes.shape.colour(step)[0], turned
 
 
 def _doubts(mixture: Mixture, num_starts: int) -> tuple[str, ...]:
