@@ -57,6 +57,15 @@ class Finite(click.FloatRange):
 
 POSITIVE = Finite(min=0, min_open=True)
 
+# Names that `runs.parts` knows, written out so that --help need not import torch (tests/test_cli.py compares).
+PRIORS = ["standard", "normal", "mixture", "vamp", "flow", "laplace", "student"]
+LIKELIHOODS = [
+    "normal", "low-rank", "student", "laplace", "log-normal", "beta", "bernoulli", "continuous-bernoulli", "logistic",
+    "logistic-mixture", "poisson", "negative-binomial", "zero-inflated",
+]  # fmt: skip
+GUIDES = ["diagonal", "full", "low-rank", "autoregressive", "spline", "mixture"]
+OBJECTIVES = ["elbo", "iwae", "stl", "dreg", "wake-sleep"]
+
 
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__)
@@ -77,9 +86,15 @@ def app(*, debug: bool) -> None:
 @click.argument("data")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the run. The same command again resumes it.")
 @click.option("--latent", type=COUNT, default=20, help="Latent dimensions.")
-@click.option("--likelihood", type=click.Choice(["normal", "bernoulli"]), default="normal", help="p(x | z).")
-@click.option("--scale", help="Of the normal alone: learned (unless told), per-dimension, network, or a number.")
-@click.option("--guide", type=click.Choice(["diagonal", "full"]), default="diagonal", help="Covariance of q(z | x).")
+@click.option("--prior", type=click.Choice(PRIORS), default="standard", help="p(z).")
+@click.option("--likelihood", type=click.Choice(LIKELIHOODS), default="normal", help="p(x | z).")
+@click.option(
+    "--scale",
+    help="Of normal, student, laplace, log-normal: learned (unless told), per-dimension, network or a number; of normal "
+    "optimal, too.",
+)
+@click.option("--guide", type=click.Choice(GUIDES), default="diagonal", help="q(z | x).")
+@click.option("--missing", is_flag=True, help="NaN in DATA is a missing value.")
 @click.option("--hidden", type=Sizes(), default="400", help="Hidden layers of the encoder; the decoder mirrors them.")
 @click.option(
     "--transform",
@@ -87,7 +102,12 @@ def app(*, debug: bool) -> None:
     default="none",
     help="Of each batch: draw or cut to 0 and 1, or spread grey levels uniformly.",
 )
-@click.option("--beta", type=Finite(min=0), default=1.0, help="Weight of the KL in the objective.")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="elbo", help="What is maximised.")
+@click.option("--beta", type=Finite(min=0), default=1.0, help="Weight of the KL in the elbo.")
+@click.option(
+    "--free-bits", type=Finite(min=0), default=0.0, help="Nats of each latent dimension that the elbo leaves free."
+)
+@click.option("--particles", type=COUNT, help="Of the objective, a row; by default the objective's own number.")
 @click.option("--epochs", type=COUNT, default=40, help="Passes over the training rows.")
 @click.option("--batch-size", type=COUNT, default=128, help="Rows a step.")
 @click.option("--lr", type=POSITIVE, default=1e-3, help="Learning rate of Adam.")
@@ -107,16 +127,17 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
       pyro-vae fit digits --latent 8 --transform dequantise --epochs 100 --out runs/digits
       pyro-vae fit mnist --likelihood bernoulli --transform binarise --hidden 200,200 --out runs/binary
       pyro-vae fit table.csv --latent 3 --scale per-dimension --guide full --out runs/table
+      pyro-vae fit digits --latent 8 --prior vamp --likelihood logistic --objective iwae --out runs/levels
     """  # noqa: D301 - click reads the \b
     from pyro_vae.learning.fit import fit as run_fit
-    from pyro_vae.learning.objectives import ELBO
     from pyro_vae.report import plots
     from pyro_vae.runs import Arguments, Run
 
     arguments = Arguments(**options)
     # Data, model and objective first: a mistake in them leaves no folder behind.
     data, splits = arguments.read()
-    vae, objective = arguments.build(data), ELBO(beta=arguments.beta)
+    vae = arguments.build(data)
+    objective = arguments.aim(vae)
     run = Run.begin(out, arguments, data)
     history = run_fit(
         vae,

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -28,9 +29,13 @@ from torch import Tensor, nn
 from pyro_vae.layouts import KEPT, Layout, PyroCallable, Run, Values, draw, find_layout, run
 from pyro_vae.log_joint import Layouts, LogJoint, Place, make_slots, place_values
 from pyro_vae.parameters import evaluating, find_modules, judging, name_leaves, require_place, versions
+from pyro_vae.recording import HandOn, Recording
 from pyro_vae.rows import Data, Rows, as_rows, finite_rows, probe, replace, take
 from pyro_vae.seeds import Seed, seeded
 from pyro_vae.sites import CannotRun, Site, SiteTable, cannot_run, require_call, require_fit, score
+
+PARTICLES = "_particles"
+"""The plate of K particles, at dimension -2."""
 
 PROBES = (3, 2)
 """Checks run on this many rows: few, so that they are cheap; twice, so that no other dimension has the same size."""
@@ -91,29 +96,18 @@ class _Densities(Messenger):
 
 
 class _Recorder(Messenger):
-    """Keeps what one run shows of its sites and parameters; replays `values` where it is given any.
+    """Keeps what one run shows of its parameters and of its sites, with the settings of `Recording`."""
 
-    Args:
-        values: latents by name.
-        lenient: draw a latent afresh where its value has another shape, so that `require_fit` can say so.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor] | None = None, *, lenient: bool = False) -> None:
+    def __init__(self, values: Mapping[str, Tensor] | None = None, **settings: Any) -> None:
         super().__init__()
-        self.replayed, self.lenient = values or {}, lenient
-        self.sites: dict[str, Site] = {}
-        self.parameters: dict[str, Tensor] = {}
+        self.sites, self.parameters = Recording(values, **settings), Values()
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not _is_row_site(msg) or msg["is_observed"]:
-            return
-        value = self.replayed.get(msg["name"])
-        if value is not None and not (self.lenient and value.shape != msg["fn"].shape()):
-            msg["value"] = value
+        self.sites.replay(msg, is_plate=site_is_subsample(msg))
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if _is_row_site(msg):
-            self.sites[msg["name"]] = Site.of(msg)
+        if _is_row_site(msg) or site_is_subsample(msg):
+            self.sites.keep(msg, is_plate=site_is_subsample(msg))
 
     def _pyro_post_param(self, msg: Any) -> None:
         value = msg["value"]
@@ -126,10 +120,15 @@ def _is_row_site(msg: Any) -> bool:
 
 
 def record(
-    function: PyroCallable, rows: Rows, values: Mapping[str, Tensor] | None = None, kwargs: Mapping[str, Any] | None = None
-) -> dict[str, Site]:
-    """The sample sites of one run of `function`, latents at `values` where given; gradients flow, as objectives need."""
-    with _Recorder(values) as recorder:
+    function: PyroCallable, rows: Rows, values: Mapping[str, Tensor] | None = None,
+    kwargs: Mapping[str, Any] | None = None, num_particles: int | None = None, *, hand_on: HandOn | None = None,
+) -> Recording:  # fmt: skip
+    """The sites of one run, latents and plates at `values` where given; gradients flow, as objectives need.
+
+    With `num_particles` it runs in a left-most plate of so many, and latents are (K, N, ...); see `Recording` for the rest.
+    """
+    particles = pyro.plate(PARTICLES, num_particles, dim=-2) if num_particles else nullcontext()
+    with _Recorder(values, hand_on=hand_on) as recorder, particles:
         function(*rows, **(kwargs or {}))
     return recorder.sites
 

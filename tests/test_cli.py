@@ -111,8 +111,45 @@ def test_fit_says_how_it_went(tmp_path: Path, table: Path, capsys: pytest.Captur
         == 0
     )
     out = capsys.readouterr().out
-    assert re.fullmatch(r"epoch 2: ELBO -?[\d.]+, validation -?[\d.]+ nats a row, [\d.]+ s\nsaved in .*b\n", out)
+    assert re.fullmatch(r"epoch 2: ELBO -?[\d.]+, validation -?[\d.]+ nats a row, [\d.]+ s, KL [\d.]+\nsaved in .*b\n", out)
     assert pv.load(tmp_path / "b" / "vae").generate(2).shape == (2, 3)  # the labels are no column of x
+
+
+def test_the_names_of_parts_are_those_that_runs_know() -> None:
+    """The command line writes them out, so that --help need not import torch."""
+    from pyro_vae.runs import parts
+
+    assert list(parts.PRIORS) == cli.PRIORS
+    assert list(parts.LIKELIHOODS) == cli.LIKELIHOODS
+    assert list(parts.GUIDES) == cli.GUIDES
+    assert ["elbo", *parts.OBJECTIVES] == cli.OBJECTIVES
+
+
+@pytest.mark.parametrize("number", range(13))
+def test_every_name_fits_and_is_judged(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names of each kind in turn, so that every one is used; data that suit the likelihood, some of them missing."""
+
+    def name(kind: list[str]) -> str:
+        return kind[number % len(kind)]
+
+    likelihood, x = name(cli.LIKELIHOODS), torch.randn(60, 4)
+    levels = torch.randint(4, (60, 4)).float()
+    suited = {
+        "log-normal": x.exp(), "beta": x.sigmoid(), "bernoulli": (x > 0).float(), "continuous-bernoulli": x.sigmoid(),
+        "logistic": (x.sigmoid() * 255).round() / 255, "logistic-mixture": (x.sigmoid() * 255).round() / 255,
+        "poisson": levels, "negative-binomial": levels, "zero-inflated": levels,
+    }.get(likelihood, x)  # fmt: skip
+    suited[::7, 1] = torch.nan
+    np.save(tmp_path / "x.npy", suited.numpy())
+    words = ["--prior", name(cli.PRIORS), "--likelihood", likelihood, "--guide", name(cli.GUIDES)]
+    words += ["--objective", name(cli.OBJECTIVES), "--missing", "--valid", "0.2", "--test", "0.1"]
+    assert run("fit", tmp_path / "x.npy", *TINY, *words, "--out", tmp_path / "run") == 0
+    assert run("evaluate", tmp_path / "run", "--method", "laplace", "--particles", "100", "--no-figures") == 0
+    out = capsys.readouterr().out
+    assert "log p(x) = " in out
+    assert ("bits per dimension" in out) is (
+        likelihood in ("bernoulli", "logistic", "logistic-mixture", *cli.LIKELIHOODS[-3:])
+    )
 
 
 def test_evaluate_writes_rows_and_json(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,12 +314,24 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "patience": (["fit", "digits", "--out", "OUT", "--patience", "0"], r"'--patience': 0 is not in the range"),
     "scale of bits": (
         ["fit", "digits", "--out", "OUT", "--likelihood", "bernoulli", "--scale", "learned"],
-        r": --scale learned is for --likelihood normal alone: leave it out with --likelihood bernoulli\.$",
+        r": --scale learned is for --likelihood normal, student, .* alone: leave it out with --likelihood bernoulli\.$",
     ),
-    "scale": (["fit", "digits", "--out", "OUT", "--scale", "big"], r"--scale 'big' is none of learned, per-dimension"),
+    "scale": (
+        ["fit", "digits", "--out", "OUT", "--scale", "big"],
+        r"--scale 'big' is none of learned, optimal, per-dimension",
+    ),
     "likelihood": (
         ["fit", "digits", "--out", "OUT", "--likelihood", "cauchy"],
-        r"'cauchy' is not one of 'normal', 'bernoulli'",
+        r"'cauchy' is not one of 'normal', 'low-rank'",
+    ),
+    "prior": (["fit", "digits", "--out", "OUT", "--prior", "cauchy"], r"'cauchy' is not one of 'standard', 'normal'"),
+    "free bits": (
+        ["fit", "digits", "--out", "OUT", "--objective", "iwae", "--free-bits", "0.1"],
+        r": --beta and --free-bits are for --objective elbo alone: leave them out with iwae\.$",
+    ),
+    "optimal scale": (
+        ["fit", "digits", "--out", "OUT", "--likelihood", "student", "--scale", "optimal"],
+        r"StudentT",
     ),
     "grey": (
         ["fit", "digits", "--out", "OUT", "--likelihood", "bernoulli"],

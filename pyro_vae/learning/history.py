@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 BLUE, VERMILION = "#0072B2", "#D55E00"
 """Of Okabe & Ito (2008): colour-blind readers can tell them apart."""
 
+COLLAPSED = 0.01
+"""Nats a row under which the posterior is the prior whatever x is."""
+
 
 @dataclass(repr=False)
 class History:
@@ -25,6 +28,7 @@ class History:
         learning_rate: of the first parameter group.
         seconds: wall-clock time since the start, resumed runs added up.
         stopped: why the run ended before its last epoch, or "".
+        kl: mean KL(q(z | x) || p(z)) of up to 1,024 rows at the end, validation rows if there are any; None before the end.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -34,6 +38,12 @@ class History:
     learning_rate: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     stopped: str = ""
+    kl: float | None = None
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the fit ended with latents that say nothing about x: a KL under 0.01 nats a row."""
+        return self.kl is not None and self.kl < COLLAPSED
 
     def __len__(self) -> int:
         """Number of epochs."""
@@ -45,6 +55,12 @@ class History:
             return "History: no epoch yet"
         valid = f", validation {self.valid_elbo[-1]:.3f}" if self.valid_elbo else ""
         why = f"; {self.stopped}" if self.stopped else ""
+        if self.kl is not None:
+            why = f", KL {self.kl:.3g}{why}"
+        if self.collapsed:
+            why += (
+                "; WARNING: the posterior has collapsed onto the prior, z says nothing of x: try free bits, a warm-up"
+            )
         return f"epoch {self.epoch[-1]}: ELBO {self.elbo[-1]:.3f}{valid} nats a row, {self.seconds[-1]:.1f} s{why}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.learning.objectives import ELBO, Objective
+from pyro_vae.learning.objectives import ELBO, Objective, analytic_kl, sites_of
+from pyro_vae.learning.objectives.kl import tell_sampled
 from pyro_vae.parameters import evaluating
-from pyro_vae.program import Program, record
+from pyro_vae.program import Program
 from pyro_vae.rows import Rows
 from pyro_vae.sites import Site
 
@@ -38,10 +39,13 @@ class Stepper:
             )
         self.program, self.leaves = program, list(leaves.values())
         self.objective: Any = objective
+        with evaluating(program.modules_found()), torch.no_grad():  # looking must not move BatchNorm's statistics
+            q, p = sites_of(program.model, program.guide, rows, {})
         # Pyro's own ELBOs are the true ELBO as long as nothing is scaled; any other loss is judged by one more run.
-        with evaluating(program.modules_found()):  # looking must not move BatchNorm's statistics
-            scaled = any(not _is_one(site.scale) for f in (program.model, program.guide) for site in _sites(f, rows))
+        scaled = any(not _is_one(site.scale) for site in (*q.values(), *p.values()))
         self._loss_is_elbo = type(objective) in _TRUE_ELBOS and not scaled
+        if isinstance(objective, pyro.infer.TraceMeanField_ELBO):
+            _tell_what_is_sampled(q, p)
 
     def gradients(self, rows: Rows, steps_taken: int) -> tuple[float, float]:
         """Fill `.grad` of every leaf with the gradient of the loss of a mean row.
@@ -100,9 +104,13 @@ class Stepper:
         return all(bool(torch.isfinite(leaf.grad).all()) for leaf in self.leaves if leaf.grad is not None)
 
 
-def _sites(function: Any, rows: Rows) -> list[Site]:
-    with torch.no_grad():
-        return list(record(function, rows).values())
+def _tell_what_is_sampled(q: Mapping[str, Site], p: Mapping[str, Site]) -> None:
+    """Pyro samples the KL of a pair that torch has no formula for, without a word: say so."""
+    for name, site in q.items():
+        try:
+            analytic_kl(site, p[name])
+        except NotImplementedError:
+            tell_sampled(site, p[name])
 
 
 def _is_one(scale: Any) -> bool:
@@ -115,8 +123,7 @@ def explain(program: Program, rows: Rows) -> str | None:
     Called with the random state that the failing step had, so that it meets the same draws.
     """
     with torch.no_grad(), pyro.validation_enabled(is_validate=False):
-        q = record(program.guide, rows)
-        p = record(program.model, rows, {name: site.value for name, site in q.items()})
+        q, p = sites_of(program.model, program.guide, rows, {})
     for where, sites in (("guide", q), ("model", p)):
         for site in sites.values():
             log_prob = site.distribution.log_prob(site.value)

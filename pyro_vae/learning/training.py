@@ -30,7 +30,7 @@ from pyro_vae.seeds import seeded
 
 Callback = Callable[[int, History], bool | None]
 
-TRAIN, VALID, ORDER = 0, 1, 2
+TRAIN, VALID, ORDER, KL = 0, 1, 2, 3
 """Sub-streams of a fit's random numbers."""
 
 
@@ -101,6 +101,7 @@ class Training:
                 stop.leave()
         if self.best:
             self._put("best", self.best)
+        self.history.kl = self._kl()
         return self.history
 
     def _epoch(self, stepper: Stepper, stop: Stop, display: Display) -> None:
@@ -194,6 +195,13 @@ class Training:
                     rows = valid.at(order, number)
                     total += elbo.rows(self.program.model, self.program.guide, *rows).double().sum().item()
         return total / valid.num_rows
+
+    def _kl(self) -> float:
+        """Mean KL of some rows, so that a collapsed posterior does not go unseen."""
+        batches = self.batches if self.valid is None else self.valid
+        with torch.no_grad(), evaluating(self.program.modules_found()), seeded(self.seed, batches.device, KL):
+            rows = batches.spread(1024)
+            return ELBO().kl_rows(self.program.model, self.program.guide, *rows).double().mean().item()
 
     def _judge(self, valid_elbo: float) -> None:
         if self.patience is None:

@@ -44,11 +44,9 @@ def count_read(module: nn.Module) -> int:
 
 def examples(module: nn.Module, like: Tensor) -> Rows:
     """One row of each condition: by the `example` of a part that reads it, else the label 0."""
-    found = {
-        part.reads[0]: part.example(like)
-        for part in module.modules()
-        if hasattr(part, "example") and hasattr(part, "reads")
-    }
+    parts: list[Any] = list(module.modules())
+    readers = [part for part in parts if hasattr(part, "example") and hasattr(part, "reads")]
+    found = {part.reads[0]: part.example(like) for part in readers}
     label = torch.zeros(1, dtype=torch.long, device=like.device)
     return tuple(found.get(position, label) for position in range(1, count_read(module) + 1))
 
@@ -70,6 +68,7 @@ def check(module: nn.Module, given: Rows) -> None:
             f"This VAE reads {needed} tensor{'s' * (needed > 1)} beside its rows, and was given {len(given)}: give x as "
             f"a tuple of {needed + 1}, (rows, {', '.join(f'y{i + 1}' for i in range(needed))})."
         )
-    for part in module.modules():
+    parts: list[Any] = list(module.modules())
+    for part in parts:
         if hasattr(part, "check_given"):
             part.check_given(given)

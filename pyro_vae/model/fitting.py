@@ -102,6 +102,8 @@ def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
             told = str(error).rstrip(".")
             raise ValueError(f"The prior {vae.prior!r} does not go with the guide {vae.encoder!r}: {told}.") from error
         _distribution(q, "guide", vae.encoder.encoder)
+        if vae.prior.reads_guide and (made := getattr(vae.prior, "shape", x.shape[1:])) != tuple(x.shape[1:]):
+            raise ValueError(f"The prior {vae.prior!r} makes up rows of shape {made}, other than the {rows}.")
         size = vae.prior.latent_dim
         for part, distribution in ((vae.prior, p), (vae.encoder, q)):
             if tuple(distribution.event_shape) != (size,):
@@ -124,7 +126,7 @@ def _require_density(part: Any, distribution: Any, where: str, other: str) -> No
     try:
         # A copy: some flows remember the densities of their own draws, and have no others.
         distribution.log_prob(distribution.sample().clone())
-    except NotImplementedError as error:
+    except (NotImplementedError, KeyError) as error:  # torch's word for it, and that of Pyro's planar and radial flows
         raise ValueError(
             f"{part!r} cannot go with {other}: it has no density {where}, or cannot be drawn from "
             f"({type(distribution).__name__}: {error or 'not implemented'}); give a flow that runs in both directions."

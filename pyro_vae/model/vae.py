@@ -100,8 +100,8 @@ class VAE(nn.Module, Program):
             raise ValueError("model() needs rows to observe, model(x), or a number of rows to draw, model(size=64).")
         with pyro.plate("data", len(x) if x is not None else size):
             z = pyro.sample("z", self.p_z(*given))
-            seen = x is not None and self.training
-            p = self.likelihood.seeing(x, z, *given) if seen else self.p_x(z, *given)
+            told = x is not None and self.training
+            p = self.likelihood.seeing(x, z, *given) if told else self.p_x(z, *given)  # type: ignore[arg-type]
             rows: Tensor = pyro.sample("x", p, obs=x)
         return rows
 

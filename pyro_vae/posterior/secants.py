@@ -89,13 +89,13 @@ def _secants(log_joint: LogJoint, modes: Modes, dtype: torch.dtype) -> Dense:
     factor, inverse = shape.factor.clone(), shape.inverse.clone()
     going = torch.arange(count, device=factor.device)
     axes = torch.eye(dim, dtype=torch.float64, device=factor.device)[:, None, :]
-    least = torch.zeros(1, dtype=torch.float64, device=factor.device)
+    least = torch.full((1,), 1.0 / CLOSE, dtype=torch.float64, device=factor.device)
     for _ in range(ROUNDS):
         here, there = Dense(factor[going], inverse[going]), log_joint.take(going)
         away = here.colour(axes.expand(dim, len(going), dim))
         plus, minus = (_gradient(there, modes.u[going] + side * away, dtype) for side in (1.0, -1.0))
-        turned = 0.5 * here.precondition(minus - plus).transpose(0, 1)  # (n, D, D), row i the turn along axis i
-        turned = positive(0.5 * (turned + turned.mT), least + 1.0 / CLOSE)
+        turns = 0.5 * here.precondition(minus - plus).transpose(0, 1)  # (n, D, D), row i the turn along axis i
+        turned = positive(0.5 * (turns + turns.mT), least)
         new = Dense.of(here.factor @ turned.factor)
         factor[going], inverse[going] = new.factor, new.inverse
         size = torch.linalg.eigvalsh(turned.factor @ turned.factor.mT)

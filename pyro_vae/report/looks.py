@@ -16,7 +16,16 @@ from typing import NamedTuple
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, biject_to, constraints, kl_divergence
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    biject_to,
+    constraints,
+    kl_divergence,
+)
 
 from pyro_vae.layouts import Values
 from pyro_vae.model import kl  # noqa: F401 - registers the exact KL of a full-covariance Normal
@@ -107,7 +116,8 @@ def parts_of(q: Site, p: Site, *, exact: bool = True) -> Parts:
     else:
         whole = _divergence(q.distribution, p.distribution, q.value, exact=exact)
         parts = whole[:, None]
-        if exact and isinstance(q.distribution, MultivariateNormal) and isinstance(factors_p, Normal):
+        dependent = isinstance(q.distribution, (MultivariateNormal, LowRankMultivariateNormal))
+        if exact and dependent and isinstance(factors_p, Normal):
             parts = kl_divergence(Normal(q.distribution.mean, q.distribution.stddev), factors_p).double()
     parts, whole = (scale_and_mask(value.movedim(0, -1), mask=p.mask).movedim(-1, 0) for value in (parts, whole))
     return Parts(parts, whole, _names(p.name, p.event_shape, parts.shape[-1]))

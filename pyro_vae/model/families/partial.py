@@ -16,10 +16,10 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints, transform_to
+from torch.distributions import constraints, transform_to
 
 
-class _OrMissing(constraints.Constraint):
+class OrMissing(constraints.Constraint):
     """The values of `base`, and NaN."""
 
     def __init__(self, base: constraints.Constraint) -> None:
@@ -60,9 +60,9 @@ class Partial(dist.TorchDistribution):
         return bool(self.base_dist.has_rsample)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
+    def support(self) -> OrMissing:
         """The base's support, and NaN."""
-        return _OrMissing(self.base_dist.support)
+        return OrMissing(self.base_dist.support)
 
     @property
     def mean(self) -> Tensor:
@@ -100,9 +100,10 @@ class Partial(dist.TorchDistribution):
         return torch.where(x.isnan(), self.base_dist.sample(), x)
 
 
-def complete(distribution: Distribution, x: Tensor) -> Tensor:
+def complete(distribution: Any, x: Tensor) -> Tensor:
     """Rows `x` (..., *event_shape) with each missing value drawn from `distribution` given the values seen."""
     inner = distribution
     while not hasattr(inner, "complete"):
         inner = inner.base_dist
-    return inner.complete(x)
+    completed: Tensor = inner.complete(x)
+    return completed

@@ -10,7 +10,7 @@ from pyro_vae.model.guides.guide import Guide
 
 
 class Custom(Guide):
-    """Any module whose `forward(x)` returns q(z | x), batch shape (N,), event shape (D,). `VAE` makes one of a plain module.
+    """Any module whose `forward(x)` returns q(z | x), batch shape (N,), event shape (D,). `VAE` makes it of a plain one.
 
     Args:
         encoder: owns the parameters.

@@ -1,4 +1,7 @@
-"""Normal guides: z = mu(x) + L(x) eps with eps ~ N(0, I), L diagonal (`DiagonalNormal`) or triangular (`FullNormal`)."""
+"""Normal guides: z = mu(x) + L(x) eps with eps ~ N(0, I), L diagonal (`DiagonalNormal`) or triangular (`FullNormal`).
+
+`LowRankNormal` lies between: W(x) eta on top of a diagonal.
+"""
 
 from __future__ import annotations
 
@@ -75,3 +78,42 @@ class FullNormal(Guide):
             row, column = torch.tril_indices(self.latent_dim, self.latent_dim, offset=-1, device=factor.device)
             factor[..., row, column] = self.lower(features)
         return dist.MultivariateNormal(self.loc(features), scale_tril=factor)
+
+
+class LowRankNormal(Guide):
+    """q(z | x) = N(mu(x), W(x) W(x)' + diag(sigma(x)^2)), W of D rows and few columns.
+
+    D (rank + 2) heads instead of the D (D + 3) / 2 of `FullNormal`. Its KL against Normals is exact, see
+    `pyro_vae.model.kl`.
+
+    Args:
+        encoder: (N, *event_shape) -> (N, features); the heads are added here.
+        latent_dim: D.
+        rank: columns of W.
+        features: outputs of the encoder, needed only where it has no attribute `out_features`.
+    """
+
+    def __init__(self, encoder: nn.Module, latent_dim: int, rank: int = 2, features: int | None = None) -> None:
+        super().__init__()
+        positive(latent_dim=latent_dim, rank=rank)
+        self.encoder, self.latent_dim, self.rank, self.features = encoder, latent_dim, rank, features
+        size = out_features(encoder, features)
+        self.loc = nn.Linear(size, latent_dim)
+        self.raw_scale = nn.Linear(size, latent_dim)
+        self.factor = nn.Linear(size, latent_dim * rank)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Component.settings`."""
+        return {
+            "encoder": self.encoder,
+            "latent_dim": self.latent_dim,
+            "rank": self.rank,
+            "features": self.features,
+        }
+
+    def forward(self, x: Tensor, *given: Tensor) -> Any:
+        """q(z | x), batch shape (N,), event shape (D,)."""
+        features = self.encode(x, given)
+        factor = self.factor(features).unflatten(-1, (self.latent_dim, self.rank))
+        variance = positive_from(self.raw_scale(features), MINIMUM_SCALE).square()
+        return dist.LowRankMultivariateNormal(self.loc(features), factor, variance)

@@ -1,4 +1,4 @@
-"""Likelihoods of yes and no."""
+"""A likelihood of yes and no."""
 
 from __future__ import annotations
 

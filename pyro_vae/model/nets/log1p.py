@@ -12,6 +12,8 @@ from pyro_vae.model.component import Component, out_features
 class Log1p(Component):
     """net(log(1 + x)), for an encoder of counts (Lopez et al. 2018, scVI): raw counts span orders of magnitude.
 
+    Below zero, where a `VampPrior` may put its pseudo-inputs, it goes on as -log(1 - x).
+
     Args:
         net: (..., columns) -> (..., out_features).
     """
@@ -25,6 +27,6 @@ class Log1p(Component):
         return {"net": self.net}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., columns) of numbers above -1 -> (..., out_features)."""
-        out: Tensor = self.net(x.log1p())
+        """(..., columns) -> (..., out_features)."""
+        out: Tensor = self.net(x.sign() * x.abs().log1p())
         return out

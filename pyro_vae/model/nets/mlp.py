@@ -22,6 +22,7 @@ class MLP(Component):
         activation: a class of `torch.nn`, made anew after each hidden layer.
 
     Examples:
+        >>> import torch
         >>> MLP(784, hidden=(400,)).out_features
         400
         >>> MLP(20, 784, hidden=(400,))(torch.zeros(5, 2, 20)).shape

@@ -26,8 +26,8 @@ class Custom(Prior):
             self.latent_dim = int(module().event_shape[-1])
         except (AttributeError, IndexError, TypeError) as error:
             raise TypeError(
-                f"prior is a {type(module).__name__}: give a pv.priors.Prior, or a module whose forward() returns a distribution "
-                f"of event shape (D,) ({error})."
+                f"prior is a {type(module).__name__}: give a pv.priors.Prior, or a module whose forward() returns a "
+                f"distribution of event shape (D,) ({error})."
             ) from error
 
     def settings(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
+import functools
 import math
+import warnings
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -190,15 +193,128 @@ def test_pairs_without_a_closed_form_fall_back_and_say_so() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x, 1.0))
 
-    with pytest.warns(UserWarning, match=r"KL\(Normal \|\| StudentT\) of latent 'z': it is sampled"):
-        pv.objectives.ELBO().loss(model, guide, torch.zeros(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # each object says it once, whatever Python's registry of warnings has seen
+        for objective in (pv.objectives.ELBO(num_particles=2), pv.objectives.ELBO()):
+            losses = [objective.loss(model, guide, torch.zeros(3)) for _ in range(3)]
+            assert all(map(math.isfinite, losses))
+    told = "torch has no closed form for KL(Normal || StudentT) of latent 'z': it is sampled."
+    assert [str(warning.message) for warning in caught] == [told, told]
+    pv.objectives.ELBO().rows(model, guide, torch.zeros(3))  # a value, not a gradient: the noise matters to nobody
+
+
+class Wide:
+    """Two latents, one of three independent dimensions, one of two that hang together; every KL is known by hand."""
+
+    def __init__(self) -> None:
+        self.loc = torch.tensor([[0.1, -1.5, 0.6], [0.3, 2.0, -0.2], [-0.1, 0.5, 0.05]], dtype=torch.float64)
+        self.scale = torch.tensor([0.9, 0.4, 0.7], dtype=torch.float64)
+        self.factor = torch.tensor([[0.8, 0.0], [0.3, 1.1]], dtype=torch.float64)
+
+    def model(self, x: Tensor) -> None:
+        zero, one = torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(zero, one).to_event(1))
+            b = pyro.sample("b", dist.MultivariateNormal(zero[:2], scale_tril=torch.eye(2, dtype=x.dtype)))
+            pyro.sample("x", dist.Normal(a.sum(-1) + b.sum(-1), 0.8), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(self.loc[: len(x)], self.scale).to_event(1))
+            pyro.sample("b", dist.MultivariateNormal(0.4 * x[:, None].expand(-1, 2), scale_tril=self.factor))
+
+    def kl(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3) of "a" by dimension, (N,) of "b"."""
+        by_dimension = 0.5 * (self.scale**2 + self.loc**2 - 1.0) - self.scale.log()
+        mean, covariance = 0.4 * x[:, None].expand(-1, 2), self.factor @ self.factor.T
+        return by_dimension, 0.5 * (covariance.trace() + mean.square().sum(-1) - 2.0) - self.factor.diagonal().log().sum()
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("free", [0.05, 0.4, 5.0])
+def test_free_bits_do_what_the_formula_says(free: float, num_particles: int) -> None:
+    wide, x = Wide(), torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    a, b = wide.kl(x)
+    costs, elbos = [], []
+    for objective in (
+        pv.objectives.ELBO(num_particles=num_particles, free_bits=free, beta=0.7),
+        pv.objectives.ELBO(num_particles=num_particles, beta=0.0),
+    ):
+        torch.manual_seed(0)
+        loss, elbo = objective.loss_and_elbo(wide.model, wide.guide, x)
+        costs.append(loss)
+        elbos.append(elbo)
+    by_hand = 3 * (sum(max(free, float(part)) for part in a.mean(0)) + max(2 * free, float(b.mean())))
+    assert float(costs[0] - costs[1]) == pytest.approx(0.7 * by_hand)
+    assert float(elbos[0]) == pytest.approx(float(elbos[1])) == pytest.approx(-float(costs[1] + a.sum() + b.sum()) / 3)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_kl_of_ones_own_may_be_of_the_rows_alone(shape: tuple[int, ...]) -> None:
+    wide, x = Wide(), torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    costs = []
+    for beta in (1.0, 0.0):
+        torch.manual_seed(0)
+        objective = pv.objectives.ELBO(kl=lambda q, p: torch.full(shape, 0.25).double(), beta=beta, num_particles=4)
+        costs.append(objective.loss(wide.model, wide.guide, x))
+    assert costs[0] - costs[1] == pytest.approx(2 * 3 * 0.25)
+
+
+def test_free_bits_weigh_rows_by_scale_and_mask_and_stop_the_gradient_below() -> None:
+    wide, x = Wide(), torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    weights, keep = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64), torch.tensor([True, True, False])
+
+    def handled(function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        return pyro.poutine.scale(pyro.poutine.mask(function, keep), weights)
+
+    wide.loc.requires_grad_()
+    costs = []
+    for objective in (pv.objectives.ELBO(free_bits=0.4), pv.objectives.ELBO(beta=0.0)):
+        torch.manual_seed(0)
+        costs.append(objective.differentiable_loss(handled(wide.model), handled(wide.guide), x))
+    a, b = wide.kl(x)
+    w = weights * keep
+    sums, whole = (w[:, None] * a).sum(0), (w * b).sum()
+    terms = [*(torch.maximum(part, 0.4 * w.sum()) for part in sums), torch.maximum(whole, 0.8 * w.sum())]
+    torch.testing.assert_close(costs[0] - costs[1], sum(terms))
+    (slope,) = torch.autograd.grad(costs[0] - costs[1], wide.loc)
+    assert (sums > 0.4 * w.sum()).tolist() == [False, True, False]
+    expected = torch.zeros_like(slope)
+    expected[:, 1] = (w * wide.loc[:, 1]).detach()
+    torch.testing.assert_close(slope, expected)
+
+
+def test_free_bits_of_a_sampled_kl_split_by_dimension_too() -> None:
+    wide, x = Wide(), torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    torch.manual_seed(0)
+    freed = pv.objectives.ELBO(kl=pv.objectives.sampled_kl, free_bits=0.5).differentiable_loss(wide.model, wide.guide, x)
+    torch.manual_seed(0)
+    plain = pv.objectives.ELBO(kl=pv.objectives.sampled_kl, beta=0.0).differentiable_loss(wide.model, wide.guide, x)
+    torch.manual_seed(0)
+    q, p = pv.objectives.sites_of(wide.model, wide.guide, (x,), {})
+    z = q["a"].value
+    ratio = -0.5 * ((z - wide.loc) / wide.scale) ** 2 - wide.scale.log() + 0.5 * z**2
+    whole = q["b"].distribution.log_prob(q["b"].value) - p["b"].distribution.log_prob(q["b"].value)
+    by_hand = 3 * (ratio.mean(0).clamp(min=0.5).sum() + whole.mean().clamp(min=1.0))
+    torch.testing.assert_close(freed - plain, by_hand)
 
 
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"beta=-1.0"):
         pv.objectives.ELBO(beta=-1.0)
-    with pytest.raises(ValueError, match="num_particles=0"):
-        pv.objectives.ELBO(num_particles=0)
+    with pytest.raises(ValueError, match=r"free_bits=-0\.5"):
+        pv.objectives.ELBO(free_bits=-0.5)
+    makers = ("ELBO", "IWAE", "STL", "DReG", "ReweightedWakeSleep", "ScoreFunction")
+    for maker in (*(getattr(pv.objectives, name) for name in makers), functools.partial(pv.objectives.Renyi, 0.5)):
+        with pytest.raises(ValueError, match="num_particles=0"):
+            maker(num_particles=0)
+    for alpha in (1, 1.0, math.inf, math.nan):
+        with pytest.raises(
+            ValueError, match=rf"alpha={alpha} must be a finite number other than 1: .* objectives\.ELBO\(\)"
+        ):
+            pv.objectives.Renyi(alpha)
+    with pytest.raises(ValueError, match=r"wake_phi=1\.5 is a share"):
+        pv.objectives.ReweightedWakeSleep(wake_phi=1.5)
     with pytest.raises(ValueError, match="steps=0"):
         pv.objectives.warm_up(0)
     with pytest.raises(ValueError, match=r"rise=2.0"):

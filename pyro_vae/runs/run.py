@@ -6,7 +6,7 @@
     history.json             the learning curve in numbers
 
 The arguments say which data, which split and which VAE; so whoever opens the folder later gets the held-out rows that the
-fit never saw. This is the one place where names turn into objects.
+fit never saw.
 """
 
 from __future__ import annotations
@@ -16,93 +16,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from pyro_vae.data import NAMES, Data, Splits, binarise, dequantise, load, threshold
+from pyro_vae.data import Data, Splits, binarise, dequantise, threshold
 from pyro_vae.files import write_bytes
 from pyro_vae.learning import checkpoint
 from pyro_vae.learning.history import History
-from pyro_vae.model import guides, likelihoods, nets, priors
 from pyro_vae.model.vae import VAE
 from pyro_vae.model.vae import load as load_vae
-from pyro_vae.rows import positive
+from pyro_vae.runs.arguments import Arguments
 from pyro_vae.seeds import derive
 
-DATA, VIEW, WEIGHTS = 0, 1, 2
-"""Sub-streams of a run's seed: the split, the fixed view of held-out rows, the initial weights."""
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What `pyro-vae fit` was asked for.
-
-    A path in `data` is made absolute, so that it means the same file from everywhere; `scale` None is "learned" where the
-    likelihood is normal.
-
-    Raises:
-        ValueError: a scale for a likelihood that has none.
-    """
-
-    data: str
-    latent: int = 20
-    likelihood: str = "normal"
-    scale: str | None = None
-    guide: str = "diagonal"
-    hidden: tuple[int, ...] = (400,)
-    transform: str = "none"
-    beta: float = 1.0
-    epochs: int = 40
-    batch_size: int = 128
-    lr: float = 1e-3
-    clip_norm: float | None = None
-    patience: int | None = None
-    valid: float = 0.1
-    test: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Make what has several spellings one."""
-        object.__setattr__(self, "data", _located(self.data))
-        if self.likelihood == "normal":
-            object.__setattr__(self, "scale", "learned" if self.scale is None else self.scale)
-        elif self.scale is not None:
-            raise ValueError(
-                f"--scale {self.scale} is for --likelihood normal alone: leave it out with --likelihood {self.likelihood}."
-            )
-
-    def read(self) -> tuple[Data, Splits]:
-        """The data as loaded, and its split."""
-        data = load(self.data)
-        return data, data.split(valid=self.valid, test=self.test, seed=derive(self.seed, DATA))
-
-    def build(self, data: Data) -> VAE:
-        """A new VAE for the rows of `data`, its weights drawn from the seed."""
-        positive(latent=self.latent)
-        size = data.x.shape[1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.seed, WEIGHTS))
-            decoder = nets.MLP(self.latent, size, hidden=self.hidden[::-1])
-            encoder = nets.MLP(size, hidden=self.hidden)
-            kinds = {"diagonal": guides.DiagonalNormal, "full": guides.FullNormal}
-            likelihood: likelihoods.Likelihood
-            if self.likelihood == "bernoulli":
-                likelihood = likelihoods.Bernoulli(decoder)
-            else:
-                likelihood = likelihoods.Normal(decoder, scale=_scale(self, size))
-            return VAE(
-                prior=priors.StandardNormal(self.latent),
-                likelihood=likelihood,
-                guide=kinds[self.guide](encoder, latent_dim=self.latent),
-            )
-
-    def differences(self, then: Arguments) -> list[str]:
-        """What is other than it was `then`, each as the command line calls it."""
-        return [
-            f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} was {old!r} and is {getattr(self, name)!r}"
-            for name, old in vars(then).items()
-            if old != getattr(self, name)
-        ]
+VIEW = 1
+"""Sub-stream of a run's seed for the fixed view of held-out rows; `arguments` has the others."""
 
 
 @dataclass(frozen=True)
@@ -230,27 +156,3 @@ class Dequantise:
     def __call__(self, x: Tensor) -> Tensor:
         """Rows of grey levels to rows of densities, same shape."""
         return dequantise(x, self.levels)
-
-
-def _located(data: str) -> str:
-    """The absolute path of a file or folder; a name, or what is not there, as it is."""
-    path = Path(data).expanduser()
-    if data in NAMES or not path.exists():
-        return data
-    # A link to a file keeps its own name: the suffix says how to read it.
-    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
-
-
-def _scale(a: Arguments, size: int) -> likelihoods.Scale:
-    """A scale by its name on the command line, or a number."""
-    name = str(a.scale)
-    if name == "learned":
-        return likelihoods.Learned()
-    if name == "per-dimension":
-        return likelihoods.Learned(size)
-    if name == "network":
-        return likelihoods.FromNetwork(nets.MLP(a.latent, size, hidden=a.hidden[::-1]))
-    try:
-        return likelihoods.Fixed(float(name))
-    except ValueError as error:
-        raise ValueError(f"--scale {name!r} is none of learned, per-dimension, network, nor a positive number.") from error

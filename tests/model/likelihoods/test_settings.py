@@ -1,0 +1,113 @@
+"""Settings and data that are refused, and what stands for a distribution in pictures."""
+
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.model import likelihoods as L
+from pyro_vae.model.families.levels import Grid
+
+
+def net(columns: int = 4) -> nn.Module:
+    return pv.nets.MLP(2, columns)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: L.Categorical(net(), num_classes=1), "num_classes=1 must be a whole number of at least 2"),
+        (lambda: L.Categorical(net(), num_classes=2.0), r"num_classes=2\.0"),
+        (
+            lambda: L.Categorical(net(5), num_classes=3),
+            "num_classes=3 needs 3 outputs of the decoder for each column of x, and it has 5",
+        ),
+        (lambda: L.DiscretisedLogistic(net(), scale=0.1, levels=1), "levels=1 must be a whole number of at least 2"),
+        (lambda: L.DiscretisedLogistic(net(), scale=0.1, top=0.0), r"top=0\.0 must be positive"),
+        (
+            lambda: L.DiscretisedLogistic(net(), scale=L.Learned(3)),
+            r"scale=Learned\(3\) does not fit a decoder of 4 columns",
+        ),
+        (lambda: L.DiscretisedLogisticMixture(net(), num_components=0), "num_components=0"),
+        (lambda: L.DiscretisedLogisticMixture(net(), num_components=3), "num_components=3 needs 9 outputs .* and it has 4"),
+        (lambda: L.Binomial(net(), total_count=0), "total_count=0"),
+        (lambda: L.Binomial(net(), total_count=[2, 1.5, 3, 4]), r"total_count=\[2, 1\.5"),
+        (lambda: L.StudentT(net(), scale=1.0, df=0.0), r"0\.0 must be positive"),
+        (lambda: L.StudentT(net(), scale=1.0, df=L.Optimal()), "df=Optimal.*give a number"),
+        (lambda: L.StudentT(net(), scale=1.0, df=L.Learned(3)), r"df=Learned\(3\) does not fit"),
+        (lambda: L.Laplace(net(), scale=-1.0), r"-1\.0 must be positive"),
+        (lambda: L.LogNormal(net(), scale=L.Learned(2)), r"scale=Learned\(2\) does not fit"),
+        (lambda: L.Beta(net(), concentration=L.Learned(2)), r"concentration=Learned\(2\) does not fit"),
+        (lambda: L.NegativeBinomial(net(), dispersion=L.Learned(2)), r"dispersion=Learned\(2\) does not fit"),
+        (lambda: L.NegativeBinomial(net(), dispersion=L.Optimal()), "dispersion=Optimal"),
+        (lambda: L.FullNormal(nn.Flatten()), "no attribute out_features: give features="),
+        (lambda: L.FullNormal(net(), initial=1e-4), r"initial=0\.0001 must lie above minimum"),
+        (lambda: L.LowRankNormal(net(), rank=0), "rank=0"),
+        (lambda: L.Poisson(net(), library=1.5), r"library=1\.5"),
+    ],
+)
+def test_bad_settings_are_named(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 65_536])
+@pytest.mark.parametrize("top", [1.0, 255.0, 0.3])
+def test_the_grid_takes_its_own_levels_in_single_precision_and_no_others(levels: int, top: float) -> None:
+    grid, k = Grid(levels, top), torch.arange(levels)
+    assert grid.check(k.float() / (levels - 1) * top).all()
+    assert grid.check((k.double() * top / (levels - 1)).float()).all()
+    assert not grid.check((k.float() + 0.5) / (levels - 1) * top).any()
+    assert not grid.check(torch.tensor([-top / (levels - 1), top * levels / (levels - 1), torch.inf, torch.nan])).any()
+
+
+def test_loaded_images_lie_on_their_grid() -> None:
+    x = pv.data.load("digits").x
+    L.DiscretisedLogistic(net(64), scale=0.1, levels=17).check(x)
+    with pytest.raises(ValueError, match=r"takes the 256 levels 0, 1 / 255, \.\.\., 1 alone"):
+        L.DiscretisedLogistic(net(64), scale=0.1).check(x)
+
+
+def test_what_stands_for_a_distribution_in_pictures() -> None:
+    z = torch.zeros(1, 2)
+    categorical = L.Categorical(net(6), num_classes=3)
+    with torch.no_grad():
+        categorical.decoder.layers[0].bias.copy_(torch.tensor([0.0, 2.0, 1.0, 5.0, 0.0, 0.0]))
+    assert torch.equal(categorical.centre(categorical(z)), torch.tensor([[1.0, 0.0]]))
+    student = L.StudentT(net(), scale=1.0, df=0.5)  # a Cauchy's like: no mean
+    student.missing = True
+    assert torch.equal(student.centre(student(z)), student.decoder(z))
+    assert student(z).mean.isnan().all()
+
+
+def test_binomial_takes_a_number_of_tries_a_column() -> None:
+    likelihood = L.Binomial(net(3), total_count=(1, 4, 30))
+    likelihood.check(torch.tensor([[1.0, 4.0, 30.0]]))
+    with pytest.raises(ValueError, match=r"has the value 2 in row 0, column 0, .*the counts 0, 1, \.\.\., \[1, 4, 30\]"):
+        likelihood.check(torch.tensor([[2.0, 4.0, 30.0]]))
+
+
+def test_a_full_normal_of_a_linear_decoder_has_the_evidence_of_factor_analysis_with_missing_values() -> None:
+    """x = W z + b + L e: log p(x_seen) is a Normal's with covariance W W' + L L', by every engine within its error."""
+    torch.manual_seed(3)
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=L.FullNormal(pv.nets.MLP(2, 4), initial=0.5, missing=True),
+        guide=pv.guides.FullNormal(pv.nets.MLP(4, hidden=(8,)), latent_dim=2),
+    ).double()
+    with torch.no_grad():
+        vae.likelihood.raw += torch.randn(4, 4).double().tril(-1)
+    layer, tril = vae.likelihood.decoder.layers[0], vae.likelihood.scale_tril().detach()
+    covariance = (layer.weight @ layer.weight.T + tril @ tril.T).detach()
+    x = vae.generate(8, seed=2)
+    x[:6, 1:][torch.rand(6, 3) < 0.5] = torch.nan
+    truth = []
+    for row in x:
+        seen = ~row.isnan()
+        assert seen.any()
+        normal = torch.distributions.MultivariateNormal(layer.bias.detach()[seen], covariance[seen][:, seen])
+        truth.append(normal.log_prob(row[seen]))
+    for method in (pv.evidence.exact, pv.posterior.laplace):
+        estimate = pv.log_evidence(vae, x, method=method, seed=1)
+        assert ((estimate.log_p - torch.stack(truth)).abs() < 5.0 * estimate.standard_error + 1e-8).all()
+        assert estimate.reliable.all()
