@@ -45,7 +45,7 @@ def count_read(module: nn.Module) -> int:
 def examples(module: nn.Module, like: Tensor) -> Rows:
     """One row of each condition: by the `example` of a part that reads it, else the label 0."""
     parts: list[Any] = list(module.modules())
-    readers = [part for part in parts if hasattr(part, "example") and hasattr(part, "reads")]
+    readers = [part for part in parts if hasattr(part, "example") and hasattr(part, "reads") and part.reads]
     found = {part.reads[0]: part.example(like) for part in readers}
     label = torch.zeros(1, dtype=torch.long, device=like.device)
     return tuple(found.get(position, label) for position in range(1, count_read(module) + 1))

@@ -34,12 +34,11 @@ def import_zuko() -> Any:
         for attribute, value in before.items():
             setattr(Distribution, attribute, value)
         _InverseTransform.__name__ = name
-    for home in (zuko.distributions, zuko.mixtures):
-        for kind in vars(home).values():
-            own = inspect.isclass(kind) and issubclass(kind, Distribution) and kind.__module__.startswith("zuko.")
-            # A class that declares no constraints inherits torch's property, with which no argument check can be made.
-            if own and isinstance(inspect.getattr_static(kind, "arg_constraints"), property):
-                kind.arg_constraints = {}
+    for kind in vars(zuko.distributions).values():
+        own = inspect.isclass(kind) and issubclass(kind, Distribution) and kind.__module__.startswith("zuko.")
+        # A class that declares no constraints inherits torch's property, with which no argument check can be made.
+        if own and isinstance(inspect.getattr_static(kind, "arg_constraints"), property):
+            kind.arg_constraints = {}
     return zuko
 
 
