@@ -78,7 +78,7 @@ LIKELIHOODS: dict[str, tuple[str, Callable[[], pv.likelihoods.Likelihood]]] = {
         "density",
         lambda: pv.likelihoods.Normal(decoder(), scale=pv.likelihoods.FromNetwork(decoder())),
     ),
-    "LowRankNormal": ("density", lambda: pv.likelihoods.LowRankNormal(decoder(), rank=10)),
+    "LowRankNormal": ("density", lambda: pv.likelihoods.LowRankNormal(decoder(), rank=10, initial=0.3)),
     "StudentT": ("density", lambda: pv.likelihoods.StudentT(decoder(), scale=pv.likelihoods.Learned(initial=0.3))),
     "Laplace": ("density", lambda: pv.likelihoods.Laplace(decoder(), scale=pv.likelihoods.Learned(initial=0.3))),
     "LogNormal": ("density", lambda: pv.likelihoods.LogNormal(decoder(), scale=pv.likelihoods.Learned(initial=0.3))),

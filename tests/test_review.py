@@ -118,7 +118,7 @@ def test_meta_is_refused_before_anything_moves() -> None:
 @pytest.mark.parametrize(
     ("make_it", "message"),
     [
-        (lambda: make(pv.likelihoods.Learned(3)), r"Learned\(3\) does not fit a decoder of 5 columns: give 5"),
+        (lambda: make(pv.likelihoods.Learned(3)), r"Learned\(3\) does not fit a decoder of 5 columns: give Learned\(5\)"),
         (lambda: pv.nets.ConvEncoder((4, 4), channels=()), r"channels=\(\) makes no convolution"),
         (
             lambda: pv.VAE(
