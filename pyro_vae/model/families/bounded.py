@@ -20,8 +20,8 @@ _SMALL = 0.5  # below this |logit| series are used; their error is 1e-14 there
 class ContinuousBernoulli(Elements):
     """p(x) = l exp(l x) / (exp(l) - 1) on [0, 1], uniform for l = 0.
 
-    With lambda = sigmoid(l) this is C(lambda) lambda^x (1 - lambda)^(1 - x), C = 2 atanh(1 - 2 lambda) / (1 - 2 lambda), as in
-    Loaiza-Ganem & Cunningham 2019 (arXiv:1907.06845).
+    With lambda = sigmoid(l) this is C(lambda) lambda^x (1 - lambda)^(1 - x), C = 2 atanh(1 - 2 lambda) / (1 - 2 lambda)
+    (Loaiza-Ganem & Cunningham 2019, arXiv:1907.06845).
 
     Args:
         logits: l, the natural parameter.

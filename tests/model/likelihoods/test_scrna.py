@@ -36,7 +36,7 @@ def truth() -> pv.VAE:
     return made
 
 
-@pytest.mark.slow  # 20 s
+@pytest.mark.slow  # 25 s
 def test_negative_binomials_come_nearer_than_poisson_to_the_model_that_made_the_counts() -> None:
     """Nats a held-out cell below the generating model: under 0.5 for NB and ZINB, many for Poisson; paired differences."""
     torch.manual_seed(3)
@@ -60,7 +60,7 @@ def test_negative_binomials_come_nearer_than_poisson_to_the_model_that_made_the_
         below[name] = torch.where(good, generating.log_p - estimate.log_p, torch.nan)
         if name != "Poisson":
             ratio = model.likelihood.dispersion(x) / made.likelihood.dispersion(x)
-            assert float(ratio.log().abs().median()) < 0.1
+            assert float(ratio.detach().log().abs().median()) < 0.1
     for name in ("NB", "ZINB"):
         gain = below["Poisson"] - below[name]
         gain = gain[~gain.isnan()]
