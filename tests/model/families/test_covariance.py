@@ -98,3 +98,11 @@ def test_reparametrised_draws_carry_gradients() -> None:
         torch.testing.assert_close(slope, torch.ones(2, DIM, dtype=torch.float64))
         with pytest.raises(ValueError, match="within the support"):
             p.log_prob(torch.full((2, DIM), torch.nan, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_regression_on_what_was_seen_is_the_formula(which: int) -> None:
+    seen = torch.tensor([True, False, True, True, False])
+    residual = torch.where(seen, torch.tensor([0.5, 9.0, -1.0, 2.0, 9.0], dtype=torch.float64), 0.0)
+    found = both(torch.zeros(1, DIM, dtype=torch.float64), missing=True)[which].regress(residual[None], seen[None])[0]
+    torch.testing.assert_close(found, SIGMA[:, seen] @ torch.linalg.inv(SIGMA[seen][:, seen]) @ residual[seen])

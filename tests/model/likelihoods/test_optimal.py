@@ -150,6 +150,12 @@ def test_constant_columns_are_told_as_with_a_learned_scale() -> None:
         Optimal(3).check_training(x)
     with pytest.warns(UserWarning, match="the first is column 1"):
         Optimal().check_training(x)
-    with pytest.raises(ValueError, match="first is column 1"):
-        pv.likelihoods.FullNormal(pv.nets.MLP(2, 3)).check_training(x)
+    for refused in (
+        pv.likelihoods.FullNormal(pv.nets.MLP(2, 3)),
+        pv.likelihoods.LowRankNormal(pv.nets.MLP(2, 3), rank=1),
+        pv.likelihoods.StudentT(pv.nets.MLP(2, 3), scale=Learned(3)),
+        pv.likelihoods.Beta(pv.nets.MLP(2, 3), concentration=Learned(3)),
+    ):
+        with pytest.raises(ValueError, match="first is column 1"):
+            refused.check_training(x)
     pv.likelihoods.DiscretisedLogistic(pv.nets.MLP(2, 3), scale=Learned(3)).check_training(x)  # a probability has a bound

@@ -111,3 +111,25 @@ def test_a_full_normal_of_a_linear_decoder_has_the_evidence_of_factor_analysis_w
         estimate = pv.log_evidence(vae, x, method=method, seed=1)
         assert ((estimate.log_p - torch.stack(truth)).abs() < 5.0 * estimate.standard_error + 1e-8).all()
         assert estimate.reliable.all()
+
+
+def test_mixture_reads_weights_means_and_scales_from_the_decoder_as_its_docstring_says() -> None:
+    likelihood, z = L.DiscretisedLogisticMixture(net(2 * 3 * 2), num_components=2, levels=5, top=8.0), torch.randn(3, 2)
+    outputs = likelihood.decoder(z).reshape(3, 2, 3, 2).detach()
+    p = likelihood(z).base_dist
+    torch.testing.assert_close(p.logits.detach(), outputs[:, :, 0])
+    torch.testing.assert_close(p.loc.detach(), 8.0 * (torch.tensor([0.25, 0.75]) + outputs[:, :, 1]))
+    torch.testing.assert_close(p.scale.detach(), 8.0 * (1 + outputs[:, :, 2].exp()).log() / 2 + 2.0 / 20)
+
+
+def test_full_normal_has_the_lower_triangle_of_its_parameter() -> None:
+    likelihood = L.FullNormal(net(3), initial=0.8, minimum=0.1)
+    torch.testing.assert_close(likelihood.scale_tril(), 0.8 * torch.eye(3))
+    with torch.no_grad():
+        likelihood.raw.copy_(torch.arange(9.0).reshape(3, 3) - 4.0)
+    soft = torch.nn.functional.softplus(torch.tensor([-4.0, 0.0, 4.0])) + 0.1
+    expected = torch.tensor([[0.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [2.0, 3.0, 0.0]]) + torch.diag(soft)
+    torch.testing.assert_close(likelihood.scale_tril().detach(), expected)
+    x, z = torch.randn(4, 3), torch.randn(4, 2)
+    normal = torch.distributions.MultivariateNormal(likelihood.decoder(z), scale_tril=expected)
+    torch.testing.assert_close(likelihood(z).log_prob(x), normal.log_prob(x))
