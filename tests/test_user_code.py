@@ -143,7 +143,10 @@ def test_modules_of_ones_own_stand_for_any_part(tmp_path: object) -> None:
         ({"prior": nn.Linear(2, 2)}, r"prior is a Linear: give a pv.priors.Prior, or a module whose forward\(\) returns"),
         ({"prior": 3}, "prior is a int: give a pv.priors.Prior"),
         ({"prior": pv.guides.DiagonalNormal(nn.Linear(3, 4), 2)}, "prior is a DiagonalNormal: give a pv.priors.Prior"),
-        ({"likelihood": nn.Linear(2, 3)}, r"likelihood is a Linear, which returns a Tensor: give a pv.likelihoods.Likelihood"),
+        (
+            {"likelihood": nn.Linear(2, 3)},
+            r"likelihood is a Linear, which returns a Tensor: give a pv.likelihoods.Likelihood",
+        ),
         ({"guide": nn.Linear(3, 4)}, r"guide is a Linear, which returns a Tensor: give a pv.guides.Guide, or a module"),
         ({"likelihood": pv.priors.StandardNormal(2)}, "likelihood is a StandardNormal: give a pv.likelihoods.Likelihood"),
     ],

@@ -58,9 +58,7 @@ class History:
         if self.kl is not None:
             why = f", KL {self.kl:.3g}{why}"
         if self.collapsed:
-            why += (
-                "; WARNING: the posterior has collapsed onto the prior, z says nothing of x: try free bits, a warm-up"
-            )
+            why += "; WARNING: the posterior has collapsed onto the prior, z says nothing of x: try free bits, a warm-up"
         return f"epoch {self.epoch[-1]}: ELBO {self.elbo[-1]:.3f}{valid} nats a row, {self.seconds[-1]:.1f} s{why}"
 
     def to_dict(self) -> dict[str, Any]:

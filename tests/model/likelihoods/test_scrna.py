@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.model.likelihoods import Learned, Likelihood, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
@@ -10,19 +9,12 @@ from pyro_vae.model.likelihoods import Learned, Likelihood, NegativeBinomial, Po
 GENES, LATENT, CELLS, TEST = 20, 2, 2000, 200
 
 
-class LogCounts(nn.Module):
-    """Counts spread over orders of magnitude, and an encoder reads log(1 + x) more easily."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.log1p(x)
-
-
 def vae(likelihood: Likelihood) -> pv.VAE:
-    encoder = nn.Sequential(LogCounts(), pv.nets.MLP(GENES, hidden=(32,)))
+    encoder = pv.nets.Log1p(pv.nets.MLP(GENES, hidden=(32,)))
     return pv.VAE(
         prior=pv.priors.StandardNormal(LATENT),
         likelihood=likelihood,
-        guide=pv.guides.FullNormal(encoder, latent_dim=LATENT, features=32),
+        guide=pv.guides.FullNormal(encoder, latent_dim=LATENT),
     )
 
 
