@@ -147,8 +147,8 @@ def require_finite(rows: Rows, name: str = "x", *, missing: bool = False) -> Non
     if not bool(good.all()):
         bad = (~good).nonzero().flatten()
         raise ValueError(
-            f"{name} has NaN or infinite values in {len(bad)} of {len(good)} rows, first in row {int(bad[0])}: remove these "
-            "rows or fill the values in, or, where NaN means a missing value, give the likelihood missing=True."
+            f"{name} has NaN or infinite values in {len(bad)} of {len(good)} rows, first in row {int(bad[0])}: remove "
+            "these rows or fill the values in, or, where NaN means a missing value, give the likelihood missing=True."
         )
 
 

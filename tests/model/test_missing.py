@@ -1,4 +1,4 @@
-"""Missing values: the evidence of what was seen, and draws of what was not, on a linear-Gaussian VAE whose truth is known."""
+"""Missing values: the evidence of what was seen, draws of what was not, on a linear-Gaussian VAE whose truth is known."""
 
 import math
 
