@@ -253,11 +253,8 @@ def report(folder: Path, budget: dict[str, int]) -> None:
     content = {"budget": budget, "fits": [record for _, record, _ in found], "gains": table}
     (RESULTS / "swap.json").write_text(json.dumps(content, indent=1) + "\n")
     values = {fit: record["log_p"] for fit, record, _ in found}
-    fixed, learned = (
-        [Fit(name, prior, seed=seed) for prior in PRIORS for seed in SEEDS]
-        for name in ("Normal, s = 1", "Normal, s learned")
-    )
-    pairs = [values[b] - values[a] for a, b in zip(fixed, learned, strict=True) if a in values and b in values]
+    both = [[Fit(f"Normal, s {s}", prior, seed=seed) for s in ("= 1", "learned")] for prior in PRIORS for seed in SEEDS]
+    pairs = [values[b] - values[a] for a, b in both if a in values and b in values]
     if pairs:
         print(f"a learned shared s beats s = 1 by {min(pairs):.0f} to {max(pairs):.0f} nats ({len(pairs)} pairs)")
     draw(found, table)
@@ -270,7 +267,7 @@ def draw(found: list[tuple[Fit, dict[str, Any], np.ndarray[Any, Any]]], table: l
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained", width_ratios=[1, 1.4])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 10), layout="constrained", width_ratios=[1, 1.8])
     names = [name for name in LIKELIHOODS if any(fit.likelihood == name for fit, _, _ in found)]
     looks = {
         "density": ("#0072B2", "o", "8-bit levels, upper bound from a dequantised density"),
@@ -298,12 +295,13 @@ def draw(found: list[tuple[Fit, dict[str, Any], np.ndarray[Any, Any]]], table: l
         mine = [row for row in table if (row["swapped"], row["to"]) == swap]
         right.errorbar(
             [row["gain"] for row in mine],
-            [names.index(row["likelihood"]) + (number - len(swaps) / 2) * 0.06 for row in mine],
+            [names.index(row["likelihood"]) + (number - len(swaps) / 2) * 0.065 for row in mine],
             xerr=[1.96 * row["data_error"] for row in mine],
             fmt=markers[number % len(markers)],
             color=colours[number % len(colours)],
             markersize=4,
             linewidth=0.8,
+            markerfacecolor="none" if swap[0] == "objective" else None,
             label=f"{swap[0]} {swap[1]}",
         )
     right.set_xscale("symlog", linthresh=1.0)
@@ -312,7 +310,8 @@ def draw(found: list[tuple[Fit, dict[str, Any], np.ndarray[Any, Any]]], table: l
     right.set_ylim(left.get_ylim())
     right.set_xlabel("gain in held-out log p(x), nats an image (paired; bars: 1.96 data errors)")
     right.set_title("One part swapped, against N(0, I), DiagonalNormal, ELBO")
-    right.legend(loc="best", fontsize=8, ncols=2)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=6)
     figure.savefig(RESULTS / "swap.png", dpi=150)
     plt.close(figure)
 
