@@ -26,7 +26,7 @@ from pyro_vae.evidence import weights
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.memory import block_rows
 from pyro_vae.posterior.annealing import Annealed
-from pyro_vae.posterior.coverage import thin, uncovered
+from pyro_vae.posterior.coverage import light_tailed, thin, uncovered
 from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.local import Laplace, many
 from pyro_vae.posterior.mixture import SHARES
@@ -212,6 +212,10 @@ class Block:
         passed, sampler, _ = self._look(
             thin, index, sampler, judged, passed, derive(self.seed, CHECKED, number, int(index[0]), 0)
         )
+        if guided:
+            passed, sampler, _ = self._look(
+                light_tailed, index, sampler, judged, passed, derive(self.seed, CHECKED, number, int(index[0]), 2)
+            )
         asked = passed & torch.tensor([guided or bool(doubt) for doubt in sampler.doubts], device=passed.device)
         look = functools.partial(uncovered, num_starts=STARTS_TO_CHECK_GUIDE if guided else STARTS_TO_CHECK)
         clear, sampler, missed = self._look(

@@ -21,6 +21,12 @@ from pyro_vae.program import Program
 from pyro_vae.rows import Rows
 from pyro_vae.seeds import Seed, seeded
 
+STRETCH, STRETCHED = 4.0, 32
+"""How far draws of the guide are moved away from its centre, and how many."""
+
+TAIL = 0.02
+"""Relative variance of a weight that may lie in tails which a few hundred draws do not reach."""
+
 LOOKS = 8
 """Draws of the guide, and as many of the prior."""
 
@@ -57,6 +63,40 @@ def uncovered(
         largest, which = excess.masked_fill(~deep, -torch.inf).max(0)
         missed[index], worst[index] = largest > COVERED, ends[which, torch.arange(len(index), device=index.device)]
     return missed, worst, cost
+
+
+def light_tailed(
+    program: Program, rows: Rows, sampler: Sampler, log_z: Tensor, *, seed: Seed, memory: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows whose guide falls off faster than the posterior: what its own weights show only when it is too late.
+
+    Draws of the guide are stretched along one axis each, to `STRETCH` times their distance from the guide's centre; the
+    density of such a point is q / `STRETCH`. They say what variance the weights p / (p(x) q) have where these exceed e.
+
+    Args:
+        program: model and guide.
+        rows: N rows.
+        sampler: of these rows, one that draws from the guide.
+        log_z: log p(x) by its draws, (N,).
+        seed: of the draws.
+        memory: bytes.
+
+    Returns:
+        boolean (N,), where that variance passes `TAIL`; the point with most of it, (N, D); and decoder evaluations, (N,).
+    """
+    log_joint, guide = program.log_joint(rows), program.guide_density(rows)
+    with torch.no_grad(), seeded(seed, rows[0].device):
+        u = log_joint.flatten(program.sample(rows, STRETCHED)[0])
+        log_q = guide(u) - math.log(STRETCH)
+    axis = torch.arange(len(u), device=u.device) % u.shape[-1]
+    along = torch.nn.functional.one_hot(axis, u.shape[-1])[:, None].to(u)
+    u = u + (STRETCH - 1.0) * along * (u - u.mean(0))
+    log_p = torch.nan_to_num(in_chunks(program, rows, {"u": u}, at_u, memory), nan=-torch.inf, posinf=-torch.inf) - log_z
+    everyone = torch.arange(len(log_z), device=u.device)
+    log_w = log_p - sampler.log_density(u, everyone)
+    variance = torch.where(log_w > 1.0, torch.exp(log_p + log_w - log_q), 0.0)
+    variance = torch.nan_to_num(variance, nan=0.0, posinf=torch.inf)
+    return variance.mean(0) > TAIL, u[variance.argmax(0), everyone], torch.full_like(log_z, STRETCHED).long()
 
 
 def thin(

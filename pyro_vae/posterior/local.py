@@ -38,6 +38,9 @@ from pyro_vae.seeds import Seed, seeded
 PAIRS = 8
 """Antithetic pairs that estimate the mean gradient under a Gaussian: what is odd in it cancels."""
 
+FEW = 512
+"""Numbers among which a median deviation is good to a tenth."""
+
 KINKED_MOVES = 6
 """Steps to the mean of a bump among kinks: the mode itself lies at one of them, and anywhere."""
 
@@ -169,12 +172,13 @@ class Laplace(Engine):
         positive(num_starts=self.num_starts)
         with seeded(seed, rows[0].device):
             starts = find_starts(program, rows, self.num_starts)
-            modes, cost = find_modes(program, rows, starts, memory)
+            least = least_curvature(_spread(program, rows, starts))
+            modes, cost = find_modes(program, rows, starts, memory, least)
             modes = centred(program.log_joint(rows), modes, rows[0].dtype)
         cost += 4 * PAIRS * torch.bincount(modes.row, minlength=len(cost))
         mixture = Mixture.at(modes, len(rows[0]))
         doubts = _doubts(mixture, self.num_starts)
-        return LocalSampler(program, rows, mixture, least_curvature(starts), cost, doubts, memory)
+        return LocalSampler(program, rows, mixture, least, cost, doubts, memory)
 
 
 laplace = Laplace()
@@ -191,6 +195,18 @@ def find_starts(program: Program, rows: Rows, num_starts: int) -> Tensor:
         if num_starts - 1 - wide:
             starts.insert(1, log_joint.flatten(program.sample_prior(rows, num_starts - 1 - wide)[0]))
         return torch.cat(starts)
+
+
+def _spread(program: Program, rows: Rows, starts: Tensor) -> Tensor:
+    """Points by whose spread the widest Gaussian is set: the starts, or where these are few numbers, draws of the prior.
+
+    The median deviation of four numbers may be next to nothing, and every proposal as narrow.
+    """
+    if starts.numel() >= FEW:
+        return starts
+    with torch.no_grad():
+        count = -(-FEW // starts[0].numel())
+        return program.log_joint(rows).flatten(program.sample_prior(rows, count)[0])
 
 
 def centred(log_joint: LogJoint, modes: Modes, dtype: torch.dtype) -> Modes:
@@ -223,7 +239,7 @@ def _moved(log_joint: LogJoint, modes: Modes, noise: Tensor, dtype: torch.dtype)
     step = modes.shape.precondition(gradient.mean(0, keepdim=True))
     step = step * (LONGEST_MOVE / step.norm(dim=-1, keepdim=True).clamp_min(LONGEST_MOVE))
     difference = modes.shape.precondition(gradient[pairs:] - gradient[:pairs])
-    turned = (difference * noise).sum(-1).mean(0) / (2.0 * noise.shape[-1])
+    turned = (difference * noise).sum((0, -1)) / (2.0 * noise.square().sum((0, -1)))
     return modes.u + modes.shape.colour(step)[0], turned
 
 

@@ -72,7 +72,8 @@ class Mixture:
     def at(cls, modes: Modes, num_rows: int) -> Mixture:
         """The mixture at `modes`, ordered by row and mass as `find_modes` gives them; shares by Laplace's masses."""
         first = torch.searchsorted(modes.row, torch.arange(num_rows, device=modes.row.device))
-        keep = (modes.log_mass > modes.log_mass[first[modes.row]] - SHALLOW).nonzero().flatten()
+        # The difference, not the sum: next to a huge log density SHALLOW is nothing.
+        keep = (modes.log_mass - modes.log_mass[first[modes.row]] > -SHALLOW).nonzero().flatten()
         modes = modes.take(keep)
         first = torch.searchsorted(modes.row, torch.arange(num_rows, device=modes.row.device))
         rank = torch.arange(len(modes.row), device=modes.row.device) - first[modes.row]

@@ -87,7 +87,9 @@ def unit_modes(row: Tensor, u: Tensor) -> Modes:
     return Modes(row, u.double(), zero, shape, torch.zeros_like(row))
 
 
-def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGET) -> tuple[Modes, Tensor]:
+def find_modes(
+    program: Program, rows: Rows, starts: Tensor, memory: int = BUDGET, least: Tensor | None = None
+) -> tuple[Modes, Tensor]:
     """The modes that starts lead to.
 
     Args:
@@ -95,6 +97,7 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
         rows: N rows.
         starts: (S, N, D), unconstrained.
         memory: byte budget: rows are worked on so many at a time as it holds.
+        least: see `shapes.positive`; None for that of the starts.
 
     Returns:
         the modes, at least one for each row, ordered by row and then by mass, largest first (a row without a finite density
@@ -102,11 +105,13 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
     """
     log_joint, num_rows, device = program.log_joint(rows), len(rows[0]), starts.device
     step = gradient_rows(program, rows, starts, memory)
-    least = least_curvature(starts)
+    least = least_curvature(starts) if least is None else least
     cost = torch.zeros(num_rows, dtype=torch.long, device=device)
     parts = []
     for index in torch.arange(num_rows, device=device).split(step):
         for modes in _find_modes(log_joint.take(index), starts[:, index], least, cost[index[0] : index[-1] + 1]):
+            # A density that overflows next to its mode has no shape there: as if there were no mode.
+            modes = modes.take(torch.isfinite(modes.log_mass).nonzero().flatten())
             parts.append(Modes(index[modes.row], modes.u, modes.value, modes.shape, modes.visits))
     alone = torch.ones(num_rows, dtype=torch.bool, device=device)
     for part in parts:
@@ -118,7 +123,7 @@ def find_modes(program: Program, rows: Rows, starts: Tensor, memory: int = BUDGE
 
 
 def least_curvature(starts: Tensor) -> Tensor:
-    """That of a Gaussian of twice the spread of the starts (S, N, D): of the prior, where prior draws are among them.
+    """That of a Gaussian of twice the spread of the starts (S, N, D): of the prior, where they are draws of it.
 
     By medians: a row whose guide overflows must not decide for the others.
     """

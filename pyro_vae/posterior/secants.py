@@ -37,7 +37,7 @@ CLOSE = 1.5
 
 
 def turn(log_joint: LogJoint, modes: Modes, noise: Tensor, dtype: torch.dtype, step: float = 1.0) -> Tensor:
-    """Mean curvature over that of the Gaussian, (P,): 1 where the Gaussian fits; from antithetic pairs at m +- step noise.
+    """Mean curvature over that of the Gaussian, (P,): 1 if the Gaussian fits; from antithetic pairs at m +- step noise.
 
     Args:
         log_joint: of the rows of the modes, in their order.
@@ -49,7 +49,7 @@ def turn(log_joint: LogJoint, modes: Modes, noise: Tensor, dtype: torch.dtype, s
     away = step * modes.shape.colour(noise)
     plus, minus = (_gradient(log_joint, modes.u + side * away, dtype) for side in (1.0, -1.0))
     difference = modes.shape.precondition(minus - plus)
-    return (difference * noise).sum(-1).mean(0) / (2.0 * step * noise.shape[-1])
+    return (difference * noise).sum((0, -1)) / (2.0 * step * noise.square().sum((0, -1)))
 
 
 def with_kinks(

@@ -227,6 +227,20 @@ def test_one_bad_row_does_not_change_the_others(method: str, fault: str) -> None
     assert with_it.reasons[3] or method != "laplace" or "guide" in fault
 
 
+@every_method
+@pytest.mark.parametrize("far", [1e18, 1e19, 1e30])
+def test_a_row_whose_density_is_all_but_nothing_stays_alone(method: str, far: float) -> None:
+    """Its log density is -1e37, next to which ten nats are nothing, or no number: the others are right."""
+    program = program_of(lambda z: z)
+    x = torch.randn(5, 2)
+    x[4] *= far
+    estimate = pv.log_evidence(program, x, method=METHODS[method], seed=1)
+    truth = dist.Normal(0.0, 1.25**0.5).log_prob(x[:4]).sum(-1)
+    assert ((estimate.log_p[:4] - truth).abs() < 5.0 * estimate.standard_error[:4] + 1e-3).all()
+    assert estimate.log_p[4] < -1e30
+    assert estimate.reasons[4] or estimate.standard_error[4] > 1e20
+
+
 @pytest.mark.parametrize("far", [torch.inf, 1e9])
 def test_a_guide_that_overflows_for_one_row_spoils_no_curvature_of_the_others(far: float) -> None:
     """x ~ N((z_0 z_1, z_0^2 - z_1), 1/4): some Hessians are not negative; how they are mended is no matter of that row."""

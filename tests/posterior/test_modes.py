@@ -6,6 +6,7 @@ import pytest
 import torch
 from linear_gaussian import LinearGaussian
 
+import pyro_vae as pv
 from pyro_vae.posterior.modes import find_modes, least_curvature
 from pyro_vae.posterior.shapes import Dense
 
@@ -45,3 +46,14 @@ def test_memory_does_not_change_the_modes() -> None:
     torch.testing.assert_close(small.log_mass, whole.log_mass)
     torch.testing.assert_close(whole.log_mass, known.log_p(x))
     assert torch.equal(spent, spent_small)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_one_row_is_judged_as_well_as_many(latent_dim: int) -> None:
+    """A median of four numbers may be next to nothing: no width may hang on it."""
+    known = LinearGaussian(dim=3, latent_dim=latent_dim)
+    x, program = known.draw(1), known.program(inflate=1.5)
+    found = torch.stack([pv.log_evidence(program, x, method=pv.posterior.laplace, seed=s).log_p for s in range(30)])
+    assert (found - known.log_p(x)).abs().max() < 0.05
+    upper = torch.stack([pv.evidence.sandwich(program, x, seed=s).upper for s in range(4)])
+    assert (upper - known.log_p(x) > -0.05).all()
