@@ -22,6 +22,8 @@ COUNT = click.IntRange(min=1)
 HINTS = {
     "pv.data.binarise": "--transform binarise or --transform threshold",
     "pv.data.dequantise": "--transform dequantise or --scale learned",
+    "missing=True": "--missing",
+    "levels= and top=": "--likelihood normal",
 }
 """What the library calls something in its messages -> the options for it."""
 
@@ -94,7 +96,7 @@ def app(*, debug: bool) -> None:
     "optimal, too.",
 )
 @click.option("--guide", type=click.Choice(GUIDES), default="diagonal", help="q(z | x).")
-@click.option("--missing", is_flag=True, help="NaN in DATA is a missing value.")
+@click.option("--missing", is_flag=True, help="NaN in DATA is a missing value; not along with --transform.")
 @click.option("--hidden", type=Sizes(), default="400", help="Hidden layers of the encoder; the decoder mirrors them.")
 @click.option(
     "--transform",

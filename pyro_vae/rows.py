@@ -141,14 +141,20 @@ def require_finite(rows: Rows, name: str = "x", *, missing: bool = False) -> Non
     """Refuse infinities, and NaN unless it is a missing value (in the first tensor, with `missing`).
 
     Raises:
-        ValueError: names the first such row and how many there are.
+        ValueError: names the tensor, the first such row and how many there are.
     """
-    good = finite_rows(rows, missing=missing)
-    if not bool(good.all()):
+    for number, part in enumerate(rows):
+        good = finite_rows((part,), missing=missing and number == 0)
+        if bool(good.all()):
+            continue
         bad = (~good).nonzero().flatten()
+        # Only the rows that are modelled may have values that were not seen.
+        mend = (
+            ", or, where NaN means a missing value, give the likelihood missing=True" if number == 0 and not missing else ""
+        )
         raise ValueError(
-            f"{name} has NaN or infinite values in {len(bad)} of {len(good)} rows, first in row {int(bad[0])}: remove "
-            "these rows or fill the values in, or, where NaN means a missing value, give the likelihood missing=True."
+            f"{name if number == 0 else f'{name}[{number}]'} has NaN or infinite values in {len(bad)} of {len(good)} rows, "
+            f"first in row {int(bad[0])}: remove these rows or fill the values in{mend}."
         )
 
 

@@ -296,7 +296,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no data": (["fit", "--out", "OUT"], r"Missing argument 'DATA'"),
     "data": (["fit", "nothing", "--out", "OUT"], r"there is no data set, file or folder 'nothing': a file ends in"),
     "words in a table": (["fit", "WORDS", "--out", "OUT"], r"words\.csv, line 2: column 'a' has 'two', no number"),
-    "NaN in a table": (["fit", "GAPS", "--out", "OUT", "--valid", "0.2"], r"has NaN or infinite values"),
+    "NaN in a table": (
+        ["fit", "GAPS", "--out", "OUT", "--valid", "0.2"],
+        r"has NaN or infinite values .* missing=True\. On the command line: --missing\.$",
+    ),
+    "missing values of bits": (
+        ["fit", "GAPS", "--out", "OUT", "--missing", "--transform", "threshold", "--likelihood", "bernoulli"],
+        r": --transform threshold takes no missing values: leave it out, or leave out --missing\.$",
+    ),
+    "levels": (
+        ["fit", "LEVELS", "--out", "OUT", "--likelihood", "logistic"],
+        r"levels= and top= that it has, or take a density such as Normal\. On the command line: --likelihood normal\.$",
+    ),
     "hidden": (
         ["fit", "digits", "--out", "OUT", "--hidden", "8,x"],
         r"--hidden.*'8,x' must be whole numbers .* such as 200,200",
@@ -376,7 +387,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "nowhere to draw to": (["generate", "RUN", "--out", "FILE/a.npy"], r"a-file"),
 }
 
-TOLD_BY_THE_FIT = {"NaN in a table", "grey", "constant", "device"}  # when the folder is there already
+TOLD_BY_THE_FIT = {"NaN in a table", "levels", "grey", "constant", "device"}  # when the folder is there already
 
 
 @pytest.mark.parametrize("what", MISTAKES)
@@ -389,8 +400,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "words.csv").write_text("a,b\ntwo,3\n")
     (tmp_path / "gaps.csv").write_text("a,b\n" + "1,\n2,3\n5,8\n" * 10)
     places = {"OUT": "out", "RUN": str(fitted), "DEEP": str(deep), "FILE": "a-file", "WORDS": "words.csv"}
-    places["GAPS"] = "gaps.csv"
-    given = [re.sub(r"^(OUT|RUN|DEEP|FILE|WORDS|GAPS)\b", lambda found: places[found[1]], word) for word in words]
+    (tmp_path / "levels.csv").write_text("a,b\n" + "0,0.0625\n0.5,1\n" * 20)
+    places |= {"GAPS": "gaps.csv", "LEVELS": "levels.csv"}
+    given = [re.sub(r"^(OUT|RUN|DEEP|FILE|WORDS|GAPS|LEVELS)\b", lambda found: places[found[1]], word) for word in words]
     assert run(*given) == 2
     out, err = capsys.readouterr()
     assert out == ""

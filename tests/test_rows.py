@@ -177,6 +177,21 @@ def test_require_finite_names_the_first_and_the_number() -> None:
         require_finite((x,), "valid")
 
 
+def test_require_finite_names_the_tensor_and_offers_missing_values_where_there_may_be_some() -> None:
+    bad = X.clone()
+    bad[1, 0] = math.nan
+    with pytest.raises(ValueError, match=r"^x has NaN .* in 1 of 3 rows, .* give the likelihood missing=True\.$"):
+        require_finite((bad, X))
+    for missing in (False, True):
+        with pytest.raises(
+            ValueError, match=r"^x\[1\] has NaN .* in 1 of 3 rows, first in row 1: .* fill the values in\.$"
+        ):
+            require_finite((X, bad), missing=missing)
+    require_finite((bad, X), missing=True)
+    with pytest.raises(ValueError, match=r"^x has NaN or infinite .* fill the values in\.$"):
+        require_finite((X / 0.0, X), missing=True)
+
+
 @pytest.mark.parametrize("value", [0, -3, 1.5, 2.0, "4", None, True, np.int64(0)])
 def test_positive_refuses(value: Any) -> None:
     with pytest.raises(ValueError, match=rf"epochs=.*{value}.* must be a whole number of at least 1"):

@@ -154,3 +154,45 @@ def test_modules_of_ones_own_stand_for_any_part(tmp_path: object) -> None:
 def test_parts_of_another_kind_are_refused(parts: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         pv.VAE(**{"prior": MyPrior(), "likelihood": MyLikelihood(), "guide": MyGuide(), **parts})  # type: ignore[arg-type]
+
+
+class PriorOfLabels(nn.Module):
+    """N(y m, s^2), told the first tensor after the rows."""
+
+    reads = (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor([0.7, -0.4]))
+
+    def forward(self, y: Tensor) -> dist.Distribution:
+        return dist.Normal(y[:, None] * self.shift, 1.5).to_event(1)
+
+
+def test_a_prior_of_ones_own_may_read_conditions(tmp_path: object) -> None:
+    """log p(x | y) of a linear decoder, W (y m) + b in the mean, by every engine."""
+    torch.manual_seed(2)
+    vae = pv.VAE(prior=PriorOfLabels(), likelihood=MyLikelihood(), guide=MyGuide())
+    x, y = torch.randn(8, 3), torch.arange(8) % 3
+    net = vae.likelihood.decoder.net
+    covariance = 1.5**2 * net.weight @ net.weight.T + 0.25 * torch.eye(3)
+    mean = net(y[:, None] * vae.prior.module.shift)
+    truth = torch.distributions.MultivariateNormal(mean, covariance).log_prob(x).detach().double()
+    for method in (None, pv.evidence.exact, pv.posterior.laplace):
+        found = pv.log_evidence(vae, (x, y), method=method, seed=1)
+        assert ((found.log_p - truth).abs() < 5.0 * found.standard_error + 2.0 * found.bias.abs() + 1e-4).all()
+    assert vae.generate(3, given=torch.arange(3)).shape == (3, 3)
+    pv.fit(vae, (x, y), epochs=1, progress=False)
+    vae.save(f"{tmp_path}/vae")
+    pv.load(f"{tmp_path}/vae", into=vae)
+
+
+def test_a_likelihood_of_ones_own_without_to_event_is_named_and_not_the_guide() -> None:
+    class Forgetful(MyLikelihood):
+        def forward(self, z: Tensor) -> dist.Distribution:
+            return dist.Normal(self.net(z), 0.5)
+
+    with pytest.raises(
+        ValueError, match=r"(?s)^The likelihood .*batch shape \(1, 3\) and event shape \(\).*\.to_event\(1\)"
+    ):
+        pv.VAE(prior=MyPrior(), likelihood=Forgetful(), guide=MyGuide())

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MINIMUM_ESS = 10.0
 """Below this many effective particles neither the estimate nor its error means anything."""
 
+DENSITY = -1
+"""Dimensions of a row whose p(x) is a density, which has no bits; no number of discrete values is negative."""
+
 TENSORS = ("log_p", "standard_error", "bias", "ess", "pareto_k", "lower", "upper", "evaluations", "dimensions")
 TEXTS = ("engine", "reasons")
 """Fields of an `Estimate`, each with N entries."""
@@ -40,8 +43,9 @@ class Estimate:
         evaluations: what the row cost: passes through the decoder, forwards or backwards, for one particle; integer.
         engine: what answered, N texts.
         reasons: N texts, why a row is not reliable; empty where it is.
-        dimensions: d, how many discrete numbers the row observes, missing ones not counted; integer, 0 where p(x) is a
-            density. `log_evidence` counts them; an estimate made by hand has 0.
+        dimensions: d, how many discrete numbers the row observes, missing ones not counted; integer, `DENSITY` (-1) where
+            p(x) is a density, 0 where nothing of the row was seen. `log_evidence` counts them; an estimate made by hand
+            has -1.
     """
 
     log_p: Tensor
@@ -57,9 +61,9 @@ class Estimate:
     dimensions: Tensor = cast(Tensor, None)  # noqa: RUF009 - a tensor as soon as the object is made
 
     def __post_init__(self) -> None:
-        """Where the dimensions were not counted there are none."""
+        """Where the dimensions were not counted it is as with a density."""
         if self.dimensions is None:
-            object.__setattr__(self, "dimensions", torch.zeros_like(self.log_p).long())
+            object.__setattr__(self, "dimensions", torch.full_like(self.log_p, DENSITY).long())
 
     @classmethod
     def from_particles(cls, particles: Particles) -> Estimate:
@@ -190,7 +194,7 @@ class Estimate:
     @property
     def discrete(self) -> bool:
         """Whether log p(x) is that of discrete data, so that `bits_per_dimension` exists."""
-        return bool((self.dimensions > 0).any())
+        return bool((self.dimensions != DENSITY).any())
 
     @property
     def bits_per_dimension(self) -> Tensor:
@@ -200,17 +204,18 @@ class Estimate:
             ValueError: p(x) is a density.
         """
         self._require_discrete()
-        return -self.log_p / (self.dimensions * math.log(2.0))
+        # Of a row of which nothing was seen log p(x) = 0 up to rounding, and rounding has no bits.
+        return torch.where(self.dimensions > 0, -self.log_p / (self.dimensions * math.log(2.0)), torch.nan)
 
     @property
     def mean_bits_per_dimension(self) -> float:
-        """Bits of all rows that have a number by the dimensions of all these rows.
+        """Bits of all rows that have a number by the dimensions of all these rows; NaN where they observe nothing.
 
         Raises:
             ValueError: p(x) is a density.
         """
         self._require_discrete()
-        known = ~self.log_p.isnan()
+        known = ~self.log_p.isnan() & (self.dimensions > 0)
         return float(-self.log_p[known].sum() / (self.dimensions[known].sum() * math.log(2.0)))
 
     def _require_discrete(self) -> None:

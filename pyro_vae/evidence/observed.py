@@ -19,6 +19,7 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae.evidence.estimate import DENSITY
 from pyro_vae.parameters import judging
 from pyro_vae.program import Program, record
 from pyro_vae.rows import Rows, probe, row_blocks, take
@@ -92,7 +93,7 @@ def observed_sites(program: Program, rows: Rows) -> tuple[Observed, ...]:
 
 
 def discrete_dimensions(program: Program, rows: Rows, usable: Tensor) -> Tensor:
-    """How many numbers each row observes, (N,), integer; 0 where p(x) is a density, wholly or in part.
+    """How many numbers each row observes, (N,), integer; `DENSITY` where p(x) is a density, wholly or in part.
 
     Args:
         program: one that fits.
@@ -101,7 +102,7 @@ def discrete_dimensions(program: Program, rows: Rows, usable: Tensor) -> Tensor:
     """
     sites = observed_sites(program, take(rows, usable[:FEW]))
     if not all(site.discrete for site in sites):
-        return torch.zeros(len(rows[0]), dtype=torch.long, device=rows[0].device)
+        return torch.full((len(rows[0]),), DENSITY, dtype=torch.long, device=rows[0].device)
     return torch.stack([site.count(rows) for site in sites]).sum(0)
 
 

@@ -58,6 +58,30 @@ def describe(value: Any) -> Any:
     return {"foreign": type(value).__name__}
 
 
+def difference(first: Any, second: Any, place: str) -> str | None:
+    """Where two descriptions differ first, as "place: this and that"; None if they do not.
+
+    Not compared are modules of the user's own, and settings that one of the two lacks, as a file of an older version may.
+    """
+    if isinstance(first, dict) and isinstance(second, dict) and not ("foreign" in first or "foreign" in second):
+        if {"component", "settings"} <= first.keys() & second.keys() and first["component"] == second["component"]:
+            mine, other = first["settings"], second["settings"]
+            inside = (difference(mine[name], other[name], f"{place}.{name}") for name in mine if name in other)
+            return next((found for found in inside if found), None)
+    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        items = enumerate(zip(first, second, strict=True))
+        return next((found for i, pair in items if (found := difference(*pair, f"{place}[{i}]"))), None)
+    foreign = any(isinstance(each, dict) and "foreign" in each for each in (first, second))
+    return None if foreign or first == second else f"{place}: {_brief(first)} and {_brief(second)}"
+
+
+def _brief(description: Any) -> str:
+    """A component by its class, anything else as it is."""
+    if isinstance(description, dict):
+        return str(description.get("component", description.get("activation", description))).rpartition(".")[2]
+    return repr(tuple(description) if isinstance(description, list) else description)
+
+
 class ForeignError(Exception):
     """A description holds a class that only the user can make; its name is the argument."""
 

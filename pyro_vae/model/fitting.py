@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.model import guides, likelihoods, priors
+from pyro_vae.model.conditions import count_read
 from pyro_vae.model.guides import Guide
 from pyro_vae.model.likelihoods import Likelihood
 from pyro_vae.model.priors import Prior
@@ -64,16 +65,23 @@ def row_shape(latent_dim: int, likelihood: Likelihood, like: Tensor, given: Rows
         given: one row of each condition.
 
     Raises:
-        ValueError: the likelihood cannot be computed from such latents.
+        ValueError: the likelihood cannot be computed from such latents, or is not one distribution for each of them.
     """
     z = like.new_zeros(1, latent_dim)
     try:
         with torch.no_grad(), evaluating({"likelihood": likelihood}), pyro.validation_enabled(is_validate=False):
             p = likelihood(z, *given)
-    except (RuntimeError, ValueError, IndexError) as error:
-        told = str(error).rstrip(".")
+    except _UNFIT as error:
+        told = _told(error, likelihood)
         raise ValueError(f"The likelihood {likelihood!r} cannot take latents of shape {tuple(z.shape)}: {told}.") from error
-    return tuple(_distribution(p, "likelihood", likelihood.decoder).event_shape)
+    batch, event = (tuple(shape) for shape in _shapes(p, likelihood))
+    if batch != (1,):
+        raise ValueError(
+            f"The likelihood {likelihood!r} returns batch shape {batch} and event shape {event} for latents of shape "
+            f"{tuple(z.shape)}: the batch shape must be (1,), one distribution for each latent. All dimensions of a row "
+            "are the event, by .to_event(1) for rows of one dimension, and a scale has no more dimensions than a row."
+        )
+    return event
 
 
 def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
@@ -93,13 +101,13 @@ def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
     with pyro.validation_enabled(is_validate=False):
         try:
             q = vae.q_z(x, *given)
-        except (RuntimeError, ValueError, IndexError) as error:
-            told = str(error).rstrip(".")
+        except _UNFIT as error:
+            told = _told(error, vae.encoder)
             raise ValueError(f"The guide {vae.encoder!r} cannot read the {rows}: {told}.") from error
         try:
             p = vae.p_z(*given)
-        except (RuntimeError, ValueError, IndexError) as error:
-            told = str(error).rstrip(".")
+        except _UNFIT as error:
+            told = _told(error, vae.prior)
             raise ValueError(f"The prior {vae.prior!r} does not go with the guide {vae.encoder!r}: {told}.") from error
         _distribution(q, "guide", vae.encoder.encoder)
         if vae.prior.reads_guide and (made := getattr(vae.prior, "shape", x.shape[1:])) != tuple(x.shape[1:]):
@@ -113,6 +121,26 @@ def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
                 )
         _require_density(vae.prior, p, "at the draws of the guide", f"the guide {vae.encoder!r}")
         _require_density(vae.encoder, q, "at points that it did not draw", f"the prior {vae.prior!r}")
+
+
+_UNFIT = (RuntimeError, ValueError, IndexError, TypeError)
+"""What a part raises that is handed what it cannot read; a `TypeError` if it misses its condition."""
+
+
+def _told(error: Exception, part: nn.Module) -> str:
+    """What the error says and, where something inside of `part` was not handed its condition, the mend."""
+    told = str(error).rstrip(".")
+    if isinstance(error, TypeError) and count_read(part):
+        told += (
+            "; a network that reads conditions, such as nets.Conditional, must be the outermost one, or the modules around "
+            "it must have its attribute `reads` and hand the conditions on"
+        )
+    return told
+
+
+def _shapes(p: Any, likelihood: Likelihood) -> tuple[Any, Any]:
+    p = _distribution(p, "likelihood", likelihood.decoder)
+    return p.batch_shape, p.event_shape
 
 
 def _distribution(found: Any, name: str, part: nn.Module) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyro_vae import files
 from pyro_vae.model import conditions
-from pyro_vae.model.component import ForeignError, describe, rebuild
+from pyro_vae.model.component import ForeignError, describe, difference, rebuild
 from pyro_vae.model.filling import Filling
 from pyro_vae.model.fitting import as_parts, require_fit, row_shape
 from pyro_vae.model.guides import Guide
@@ -194,10 +194,16 @@ class VAE(nn.Module, Program):
 
         Raises:
             ValueError: the likelihood takes no missing values; rows that it cannot take.
+            TypeError: `method` is no engine.
         """
         positive(num_draws=num_draws)
         if not self.missing:
             raise ValueError(f"The likelihood {self.likelihood!r} takes no missing values: build it with missing=True.")
+        if not isinstance(method, Engine):
+            raise TypeError(
+                f"method={getattr(method, '__name__', repr(method))} draws no latents: give an engine of pv.posterior, "
+                "such as pv.posterior.laplace."
+            )
         return draw_missing(self, self.p_x, self._checked(x), num_draws, method, num_particles, seed)
 
     def usable_rows(self, rows: Rows) -> tuple[Tensor, list[str]]:
@@ -243,9 +249,17 @@ class VAE(nn.Module, Program):
                 "give generate(size, given=y), or a tuple of them."
             )
         for part in given:
+            if part.dim() == 0:
+                raise ValueError(
+                    f"given={part.item()} is a single number: give one condition for each row, "
+                    f"torch.full(({size},), {part.item()})."
+                )
             if len(part) != size:
                 raise ValueError(f"given has {len(part)} rows and size={size}: give one condition for each row.")
-        conditions.check(self, given)
+        try:
+            conditions.check(self, given)
+        except ValueError as error:
+            raise ValueError(f"{error} In `given`, x[1] is the first tensor, x[2] the second, and so on.") from error
 
     def _event_shape(self) -> tuple[int, ...]:
         """Shape of one row, as the likelihood draws it."""
@@ -261,9 +275,13 @@ class VAE(nn.Module, Program):
         Raises:
             OSError: it cannot be written; what was there before is untouched.
         """
-        parts = {"prior": self.prior, "likelihood": self.likelihood, "guide": self.encoder}
-        header = {name: describe(part) for name, part in parts.items()}
-        files.write(files.with_suffix(path), "vae", self.state_dict(), header)
+        files.write(files.with_suffix(path), "vae", self.state_dict(), _header(self))
+
+
+def _header(vae: VAE) -> dict[str, Any]:
+    """What a file says of a VAE beside its tensors."""
+    parts = {"prior": vae.prior, "likelihood": vae.likelihood, "guide": vae.encoder}
+    return {name: describe(part) for name, part in parts.items()}
 
 
 def load(path: str | os.PathLike[str], into: VAE | None = None) -> VAE:
@@ -275,7 +293,9 @@ def load(path: str | os.PathLike[str], into: VAE | None = None) -> VAE:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of ours, damaged, cut short or of a newer version; or it does not fit `into`.
+        ValueError: not a file of ours, damaged, cut short or of a newer version; or it does not fit `into`: other
+            tensors, or other parts or settings, the first of which is named. Of modules of your own only the tensors are
+            compared.
     """
     path = files.with_suffix(path)
     tensors, header = files.read(path, "vae")
@@ -292,5 +312,11 @@ def load(path: str | os.PathLike[str], into: VAE | None = None) -> VAE:
             raise ValueError(f"{path} describes a VAE that this pyro_vae cannot build: {told}.") from error
         floating = [value.dtype for value in tensors.values() if value.dtype.is_floating_point]
         into = into.to(floating[0]) if floating else into
+    else:
+        for name, mine in _header(into).items():
+            if found := difference(header[name], mine, name):
+                raise ValueError(
+                    f"{path} does not fit `into`, file and VAE differ in {found}: build the VAE as it was when saved."
+                )
     files.copy_into(into.state_dict(), tensors, path)
     return into

@@ -69,18 +69,75 @@ def _require_same(first: str, a: Tensor, second: str, b: Tensor) -> None:
             f"x of {first!r} has rows of shape {tuple(a.shape[1:])} and x of {second!r} of shape {tuple(b.shape[1:])}: "
             "log p(x) of different things does not compare, give both the same x."
         )
-    coarse = torch.float32 if torch.float32 in (a.dtype, b.dtype) else torch.float64
-    differs = torch.zeros(len(a), dtype=torch.bool)
-    for at in row_blocks(len(a)):
-        one, other = a[at].cpu().to(coarse), b[at].cpu().to(coarse)
-        same = (one == other) | (one.isnan() & other.isnan())
-        differs[at] = ~same.reshape(len(same), -1).all(-1)
+    differs = _differing(a, b)
     if bool(differs.any()):
         raise ValueError(
             f"x of {first!r} and x of {second!r} hold other values in {int(differs.sum())} of {len(a)} rows, first in row "
             f"{int(differs.nonzero()[0])}: give both the same rows; if they are dequantised or binarised draws, draw them "
             "once and give the same draws to all."
         )
+
+
+def _differing(a: Tensor, b: Tensor) -> Tensor:
+    """Which rows hold other values, boolean (N,), of tensors of one shape; NaN equals NaN."""
+    coarse = torch.float32 if torch.float32 in (a.dtype, b.dtype) else torch.float64
+    differs = torch.zeros(len(a), dtype=torch.bool)
+    for at in row_blocks(len(a)):
+        one, other = a[at].cpu().to(coarse), b[at].cpu().to(coarse)
+        same = (one == other) | (one.isnan() & other.isnan())
+        differs[at] = ~same.reshape(len(same), -1).all(-1)
+    return differs
+
+
+def remarks_on(rows: Mapping[str, Rows]) -> tuple[str, ...]:
+    """What the conditions, the tensors after the first of a program's rows, make of its log p(x), one sentence each.
+
+    Args:
+        rows: by name, as `rows_of` has them.
+    """
+    told = []
+    for name, (_, *mine) in rows.items():
+        lacking = {
+            other: places
+            for other, (_, *theirs) in rows.items()
+            if (places := [i for i, one in enumerate(mine, 1) if not any(_same_condition(one, two) for two in theirs)])
+        }
+        if lacking:
+            places = sorted({place for some in lacking.values() for place in some})
+            one = len(lacking) == 1
+            told.append(
+                f"{name!r} is told {_listed(places)} and {', '.join(map(repr, lacking))} {'is' if one else 'are'} not: its "
+                f"number is log p(x | y), and y may tell of x what the other{' has' if one else 's have'} to find out."
+            )
+    return (*told, *_sums_told(rows))
+
+
+def _sums_told(rows: Mapping[str, Rows]) -> list[str]:
+    """Which conditions are the row sums of x, as library sizes are; those of a single row would be so by chance."""
+    x = next(iter(rows.values()))[0]
+    if len(x) < 2 or all(len(mine) == 1 for mine in rows.values()):
+        return []
+    sums = torch.cat([x[at].cpu().double().reshape(len(x[at]), -1).nansum(-1) for at in row_blocks(len(x))])
+    found: dict[int, list[str]] = {}
+    for name, (_, *mine) in rows.items():
+        for place, one in enumerate(mine, 1):
+            if one.numel() == len(sums) and torch.allclose(one.cpu().double().reshape(-1), sums, rtol=1e-5):
+                found.setdefault(place, []).append(repr(name))
+    return [
+        f"x[{place}] of {', '.join(names)} is the sum of each row of x, a function of x: log p(x | x[{place}]) leaves out "
+        "how likely that sum is, so it is no log p(x)."
+        for place, names in found.items()
+    ]
+
+
+def _same_condition(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    return a.numel() == b.numel() and not bool(_differing(a.reshape(len(a), -1), b.reshape(len(b), -1)).any())
+
+
+def _listed(places: list[int]) -> str:
+    return ", ".join(f"x[{place}]" for place in places)
 
 
 def require_comparable(programs: Mapping[str, Program], rows: Mapping[str, Rows]) -> dict[str, Observed]:

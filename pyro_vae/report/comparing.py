@@ -8,7 +8,7 @@ from pyro_vae.evidence.blocks import INTERRUPTED, Method, log_evidence
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.memory import BUDGET
 from pyro_vae.program import Program
-from pyro_vae.report.comparable import require_comparable, require_programs, rows_of
+from pyro_vae.report.comparable import remarks_on, require_comparable, require_programs, rows_of
 from pyro_vae.report.comparison import Comparison
 from pyro_vae.report.interrupts import watched
 from pyro_vae.rows import Data
@@ -32,7 +32,8 @@ def compare(
     Args:
         programs: two or more by name, each a `VAE` or any `Program`.
         x: rows, (N, ...), or a tuple of tensors, for all programs; or such rows by name where programs take different
-            tuples (a conditional model). What is modelled, the first tensor, must be the same in all.
+            tuples (a conditional model). What is modelled, the first tensor, must be the same in all; a remark says where
+            the conditions are not, or are the row sums of x.
         method: as for `log_evidence`; None for the cascade.
         num_particles: K of a method; None for its default.
         target: of the cascade, the standard error of a row to reach, in nats; None for 0.05.
@@ -50,7 +51,7 @@ def compare(
     require_programs(programs)
     rows = rows_of(programs, x)
     seen = require_comparable(programs, rows)
-    remarks = [MASKED.format(repr(name)) for name, site in seen.items() if site.masked]
+    remarks = [*remarks_on(rows), *(MASKED.format(repr(name)) for name, site in seen.items() if site.masked)]
     estimates: dict[str, Estimate] = {}
     with watched() as watch:
         for position, (name, program) in enumerate(programs.items()):

@@ -11,6 +11,7 @@ KL "of a dimension" is where dimensions depend on each other, `looks` says; all 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,7 +82,7 @@ class LatentUsage:
 
     @property
     def collapsed(self) -> Tensor:
-        """Which parts carry under 0.01 nats, boolean (G,)."""
+        """Which parts carry under 0.01 nats, boolean (G,); a part of several dimensions only if all of them do."""
         return self.kl < COLLAPSED
 
     @property
@@ -91,8 +92,16 @@ class LatentUsage:
 
     @property
     def dependence(self) -> float:
-        """What `mean_kl` has beyond the sum of the parts: the dependence of dimensions within q(z | x), nats."""
-        return self.mean_kl.value - float(self.kl.sum())
+        """What `mean_kl` has beyond the sum of the parts: the dependence of dimensions within q(z | x), nats.
+
+        NaN where a part has several dimensions: their KL and their dependence are then not told apart.
+        """
+        return math.nan if self._undivided else self.mean_kl.value - float(self.kl.sum())
+
+    @property
+    def _undivided(self) -> tuple[int, ...]:
+        """Which parts have several dimensions."""
+        return tuple((self.part.bincount(minlength=len(self.names)) > 1).nonzero().flatten().tolist())
 
     @property
     def decoder_ignores_latents(self) -> bool:
@@ -119,12 +128,16 @@ class LatentUsage:
         largest = ", ".join(f"{self.names[i]} {float(self.kl[i]):.3g}" for i in order[:6])
         dead = self.collapsed.nonzero().flatten().tolist()
         told = ", ".join(self.names[i] for i in dead[:6]) + (" ..." if len(dead) > 6 else "")
+        undivided = ", ".join(self.names[i] for i in self._undivided[:6]) + (" ..." if len(self._undivided) > 6 else "")
+        share = f"not told apart by dimension within {undivided}"
+        what = f"{len(self.names)}{' parts' if self._undivided else ''}"
         lines = [
             f"{int(self.active.sum())} of {len(self.part)} latent dimensions are active ({len(self.row_kl)} rows)",
             f"  mean KL(q(z | x) || p(z)) {self.mean_kl} nats, "
-            f"{max(self.dependence, 0.0):.3g} of it in dependence within q",
+            + (share if self._undivided else f"{max(self.dependence, 0.0):.3g} of it in dependence within q"),
             f"  largest: {largest}{' ...' if len(order) > 6 else ''}",
-            f"  collapsed, under {COLLAPSED} nats: {len(dead)} of {len(self.names)}{': ' if dead else ''}{told}",
+            f"  collapsed, under {COLLAPSED} nats: {len(dead)} of {what}{': ' if dead else ''}{told}"
+            + (f"; single dimensions within {undivided} are not seen" if self._undivided else ""),
             *(f"  {line}" for line in repr(self.aggregate).split("\n")),
             f"  log p(x | z) varies by {self.decoder_spread:.3g} nats over the prior"
             + (": THE DECODER IGNORES THE LATENTS" if self.decoder_ignores_latents else ""),

@@ -27,7 +27,7 @@ class Arguments:
     likelihood has one. `parts` says what the names mean.
 
     Raises:
-        ValueError: an option that the part it is for does not have.
+        ValueError: an option that the part it is for does not have, or two that do not go together.
     """
 
     data: str
@@ -62,6 +62,8 @@ class Arguments:
                 f"--scale {self.scale} is for --likelihood {', '.join(parts.SCALED)} alone: leave it out with "
                 f"--likelihood {self.likelihood}."
             )
+        if self.missing and self.transform != "none":
+            raise ValueError(f"--transform {self.transform} takes no missing values: leave it out, or leave out --missing.")
         weighted = self.beta != 1.0 or self.free_bits != 0.0
         if self.objective != "elbo" and weighted:
             raise ValueError(

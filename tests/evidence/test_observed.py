@@ -80,7 +80,7 @@ def test_bits_come_with_every_way_to_log_p(method: Any) -> None:
 def test_densities_have_none_and_say_why() -> None:
     known = LinearGaussian()
     estimate = pv.log_evidence(known.program(), known.draw(4), method=pv.evidence.exact)
-    assert estimate.dimensions.tolist() == [0] * 4
+    assert estimate.dimensions.tolist() == [-1] * 4
     assert not estimate.discrete
     for name in ("bits_per_dimension", "mean_bits_per_dimension"):
         with pytest.raises(ValueError, match=r"p.x. is a density, .* no bits per dimension: give a likelihood of discrete"):
@@ -107,13 +107,15 @@ def test_rows_without_a_number_keep_their_dimensions() -> None:
 def test_parts_put_together_keep_the_dimensions_of_their_rows() -> None:
     a = pv.log_evidence(program_of(bernoulli), binary_rows()[:3], method=pv.evidence.exact)
     b = Estimate.known(a.log_p[:2], a.standard_error[:2], "test", 1)
-    assert b.dimensions.tolist() == [0, 0]
+    assert b.dimensions.tolist() == [-1, -1]
     both = Estimate.cat([b, a])
-    assert both.dimensions.tolist() == [0, 0, 3, 3, 3]
-    assert both.rows(3).dimensions.tolist() == [0, 0, 3]
-    assert both.take(torch.tensor([4, 0])).dimensions.tolist() == [3, 0]
-    assert both.put(torch.tensor([1]), a.rows(1)).dimensions.tolist() == [0, 3, 3, 3, 3]
-    assert both.doubted(["no"] * 5).dimensions.tolist() == [0, 0, 3, 3, 3]
+    assert both.dimensions.tolist() == [-1, -1, 3, 3, 3]
+    assert both.rows(3).dimensions.tolist() == [-1, -1, 3]
+    assert both.take(torch.tensor([4, 0])).dimensions.tolist() == [3, -1]
+    assert both.put(torch.tensor([1]), a.rows(1)).dimensions.tolist() == [-1, 3, 3, 3, 3]
+    assert both.doubted(["no"] * 5).dimensions.tolist() == [-1, -1, 3, 3, 3]
+    assert both.bits_per_dimension.isnan().tolist() == [True, True, False, False, False]
+    assert both.mean_bits_per_dimension == pytest.approx(a.mean_bits_per_dimension)
     # Bits of all rows by dimensions of all rows, not the mean of ratios: rows may have different numbers.
     mixed = Estimate.cat([a.rows(1), Estimate(**{**vars(a.rows(1)), "dimensions": torch.tensor([1])})])
     assert mixed.mean_bits_per_dimension == pytest.approx(-2.0 * float(a.log_p[0]) / (4.0 * math.log(2.0)))
@@ -127,6 +129,30 @@ def test_missing_numbers_are_not_counted() -> None:
     site = Observed("x", "OneHotCategorical", (2, 2), discrete=True, masked=False, place=0, unit=2)
     assert site.dimensions == 2
     assert site.count((codes,)).tolist() == [2, 1]
+
+
+def test_rows_of_which_nothing_was_seen_have_no_bits() -> None:
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(1),
+        likelihood=pv.likelihoods.Poisson(pv.nets.MLP(1, 3), missing=True),
+        guide=pv.guides.DiagonalNormal(pv.nets.MLP(3, hidden=(4,)), latent_dim=1),
+    )
+    x = torch.tensor([[0.0, 2.0, 1.0], [math.nan] * 3, [1.0, math.nan, 0.0], [math.nan] * 3])
+    estimate = pv.log_evidence(vae, x, method=pv.evidence.exact)
+    assert estimate.dimensions.tolist() == [3, 0, 2, 0]
+    torch.testing.assert_close(estimate.log_p[[1, 3]], torch.zeros(2).double(), atol=1e-5, rtol=0.0)
+    bits = estimate.bits_per_dimension
+    assert bits.isfinite().tolist() == [True, False, True, False]
+    assert bits[[1, 3]].isnan().all()
+    assert estimate.to_dataframe()["bits_per_dimension"].isna().tolist() == [False, True, False, True]
+    assert estimate.mean_bits_per_dimension == pytest.approx(float(3.0 * bits[0] + 2.0 * bits[2]) / 5.0)
+    # A table of such rows alone is one of discrete data all the same: no number, and no word of densities.
+    nothing = estimate.take(torch.tensor([1, 3]))
+    assert nothing.discrete
+    assert nothing.bits_per_dimension.isnan().all()
+    assert math.isnan(nothing.mean_bits_per_dimension)
+    assert nothing.to_dataframe()["dimensions"].tolist() == [0, 0]
+    assert "nan bits per dimension" in str(nothing)
 
 
 def rates(z: Tensor) -> Tensor:
@@ -165,7 +191,7 @@ def test_masses_are_told_from_densities(case: str) -> None:
     (site,) = observed_sites(program, (COUNTS,))
     assert (site.name, site.discrete, site.dimensions, site.place) == ("counts", discrete, dimensions, 0)
     assert site.masked == (case == "masked")
-    assert discrete_dimensions(program, (COUNTS,), torch.tensor([2])).tolist() == [4 * discrete] * 4
+    assert discrete_dimensions(program, (COUNTS,), torch.tensor([2])).tolist() == [4 if discrete else -1] * 4
 
 
 def test_a_one_hot_code_is_one_dimension() -> None:
@@ -189,7 +215,7 @@ def test_columns_of_both_kinds_are_a_density() -> None:
 
     program = program_of(lambda z, x: pyro.sample("x", Beside(z.shape, torch.Size([4])), obs=x))
     assert Beside.support.is_discrete  # torch's word
-    assert discrete_dimensions(program, (COUNTS,), torch.arange(4)).tolist() == [0] * 4
+    assert discrete_dimensions(program, (COUNTS,), torch.arange(4)).tolist() == [-1] * 4
 
 
 def test_a_density_or_a_factor_beside_a_mass_is_a_density() -> None:
@@ -204,9 +230,9 @@ def test_a_density_or_a_factor_beside_a_mass_is_a_density() -> None:
         pyro.factor("factor", 0.1 * z)
 
     assert [site.place for site in observed_sites(program_of(both), (x, y))] == [0, 1]
-    assert discrete_dimensions(program_of(both), (x, y), torch.arange(8)).tolist() == [0] * 8
+    assert discrete_dimensions(program_of(both), (x, y), torch.arange(8)).tolist() == [-1] * 8
     assert [(site.family, site.place) for site in observed_sites(program_of(weighed), (x,))][1] == ("Unit", None)
-    assert discrete_dimensions(program_of(weighed), (x,), torch.arange(8)).tolist() == [0] * 8
+    assert discrete_dimensions(program_of(weighed), (x,), torch.arange(8)).tolist() == [-1] * 8
 
 
 @pytest.mark.parametrize(

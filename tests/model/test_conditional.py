@@ -154,3 +154,66 @@ def test_what_generate_needs_is_named() -> None:
 def test_bad_settings_are_named(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_log1p_passes_the_condition_on() -> None:
+    """As an encoder and, of positive z, as a decoder: Log1p(net)(x, y) is net(log(1 + x), y)."""
+    net = pv.nets.Conditional(pv.nets.MLP(4 + CLASSES, hidden=(8,)), classes=CLASSES)
+    around, (x, y) = pv.nets.Log1p(net), data()
+    assert (around.reads, around.in_features, around.out_features) == ((1,), 4, 8)
+    torch.testing.assert_close(around(x.abs().float(), y), net(x.abs().float().log1p(), y))
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Poisson(pv.nets.MLP(2, 4)),
+        guide=pv.guides.DiagonalNormal(around, latent_dim=2),
+    )
+    counts = x.abs().round().float()
+    assert not torch.allclose(vae.encode((counts, y)).mean, vae.encode((counts, y.roll(1))).mean)
+
+
+@pytest.mark.parametrize("part", ["likelihood", "guide"])
+def test_a_condition_inside_of_a_module_that_does_not_pass_it_on_is_explained(part: str) -> None:
+    sizes = {"likelihood": 2, "guide": 4}
+    net = {name: pv.nets.MLP(size, 4) for name, size in sizes.items()}
+    inside = pv.nets.Conditional(pv.nets.MLP(sizes[part] + CLASSES, 4), classes=CLASSES)
+    net[part] = nn.Sequential(inside, nn.Tanh())  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=rf"(?s)The {part} .* conditions, .* must be the outermost one, or .*`reads`"):
+        pv.VAE(
+            prior=pv.priors.StandardNormal(2),
+            likelihood=pv.likelihoods.Normal(net["likelihood"], scale=1.0),
+            guide=pv.guides.DiagonalNormal(net["guide"], latent_dim=2, features=4),
+        )
+
+
+def test_a_single_number_as_given_is_explained() -> None:
+    for given in (1, torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"given=1 is a single number: .* torch\.full\(\(3,\), 1\)"):
+            conditional().generate(3, given=given)  # type: ignore[arg-type]
+    assert conditional().generate(3, given=torch.full((3,), 1)).shape == (3, 4)  # the mend mends
+    with pytest.raises(ValueError, match=r"x\[1\] has the value 7.* In `given`, x\[1\] is the first tensor"):
+        conditional().generate(1, given=torch.tensor([7]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_conditions_that_are_not_finite_are_refused(value: float) -> None:
+    net = pv.nets.Conditional(pv.nets.MLP(2 + 2, 4), columns=2)
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(net, scale=1.0),
+        guide=pv.guides.DiagonalNormal(pv.nets.MLP(4, hidden=(4,)), latent_dim=2),
+    )
+    y = torch.zeros(3, 2)
+    assert vae.generate(3, given=y).isfinite().all()
+    y[1, 1] = value
+    for use in (lambda: vae.generate(3, given=y), lambda: vae.encode((torch.zeros(3, 4), y))):
+        with pytest.raises(ValueError, match=r"x\[1\] has NaN or infinite values, first in row 1: the network") as refusal:
+            use()
+        assert "missing" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.float64])
+def test_labels_may_have_any_type(dtype: torch.dtype) -> None:
+    vae, (x, y) = conditional(), data()
+    torch.testing.assert_close(pv.evidence.exact(vae, (x, y.to(dtype))).log_p, truth(vae, x, y))
+    with pytest.raises(ValueError, match=r"x\[1\] has the value 3"):
+        vae.encode((x, (y + 1).to(dtype)))

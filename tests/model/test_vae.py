@@ -10,6 +10,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae import files
 
 
 def make(guide: str = "DiagonalNormal", likelihood: str = "Normal, learned", columns: int = 6) -> pv.VAE:
@@ -134,6 +135,13 @@ def test_a_module_of_ones_own_needs_into(tmp_path: object) -> None:
             guide=pv.guides.DiagonalNormal(nn.Linear(6, 4), latent_dim=2),
         )
 
+    def plain() -> pv.VAE:
+        return pv.VAE(
+            prior=pv.priors.StandardNormal(2),
+            likelihood=pv.likelihoods.Normal(pv.nets.MLP(2, 6), scale=1.0),
+            guide=pv.guides.DiagonalNormal(pv.nets.MLP(6, 4), latent_dim=2),
+        )
+
     vae, x = build(), rows("Normal, learned")
     vae.save(f"{tmp_path}/mine")
     with pytest.raises(ValueError, match=r"holds a Reshaped of your own.*pv.load\(path, into=vae\)"):
@@ -142,7 +150,7 @@ def test_a_module_of_ones_own_needs_into(tmp_path: object) -> None:
     assert pv.load(f"{tmp_path}/mine", into=other) is other
     assert torch.equal(other.log_weights(x, 3)[0], vae.log_weights(x, 3)[0])
     with pytest.raises(ValueError, match=r"does not fit: 'encoder.encoder.bias' is only in the file"):
-        pv.load(f"{tmp_path}/mine", into=make())
+        pv.load(f"{tmp_path}/mine", into=plain())
 
 
 def test_parts_that_disagree_are_both_named() -> None:
@@ -178,3 +186,53 @@ def test_unusable_rows_are_refused_before_any_work(spoil: object, message: str, 
     call = {"encode": vae.encode, "reconstruct": vae.reconstruct, "log_evidence": lambda x: pv.log_evidence(vae, x)}[use]
     with pytest.raises(ValueError, match=message):
         call(x)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"prior": pv.priors.Laplace(2)}, r"differ in prior: StandardNormal and Laplace: build"),
+        ({"scale": 3.0}, r"differ in likelihood\.scale\.value: 1\.0 and 3\.0: build"),
+        ({"scale": pv.likelihoods.Learned()}, r"differ in likelihood\.scale: Fixed and Learned: build"),
+        ({"activation": nn.Tanh}, r"differ in likelihood\.decoder\.activation: SiLU and Tanh: build"),
+        ({"hidden": (5, 4)}, r"differ in likelihood\.decoder\.hidden: \(5,\) and \(5, 4\): build"),
+    ],
+)
+def test_a_file_of_another_model_is_not_loaded_into_a_vae(tmp_path: object, other: dict[str, object], message: str) -> None:
+    def build(prior: object = None, scale: object = 1.0, **net: object) -> pv.VAE:
+        return pv.VAE(
+            prior=prior or pv.priors.StandardNormal(2),  # type: ignore[arg-type]
+            likelihood=pv.likelihoods.Normal(pv.nets.MLP(2, 6, **{"hidden": (5,), **net}), scale=scale),  # type: ignore[arg-type]
+            guide=pv.guides.DiagonalNormal(nn.Linear(6, 4), latent_dim=2),
+        )
+
+    build().save(f"{tmp_path}/vae")
+    target = build(**other)
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(ValueError, match=message):
+        pv.load(f"{tmp_path}/vae", into=target)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_a_file_without_newer_settings_is_still_loaded_into_a_vae(tmp_path: object) -> None:
+    vae = make()
+    vae.save(f"{tmp_path}/vae")
+    path = files.with_suffix(f"{tmp_path}/vae")
+    tensors, header = files.read(path, "vae")
+    del header["likelihood"]["settings"]["missing"]
+    files.write(path, "vae", tensors, header)
+    again = pv.load(path, into=make())
+    assert all(torch.equal(value, tensors[name]) for name, value in again.state_dict().items())
+
+
+def test_imputation_by_what_is_no_engine_is_refused() -> None:
+    vae = pv.VAE(
+        prior=pv.priors.StandardNormal(2),
+        likelihood=pv.likelihoods.Normal(pv.nets.MLP(2, 3), scale=0.5, missing=True),
+        guide=pv.guides.DiagonalNormal(pv.nets.MLP(3, hidden=(4,)), latent_dim=2),
+    )
+    for method in (pv.evidence.exact, "laplace"):
+        with pytest.raises(
+            TypeError, match=r"method='?(exact|laplace)'? draws no latents: give an engine of pv\.posterior"
+        ):
+            vae.impute(torch.zeros(2, 3), method=method)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ import pyro_vae as pv
 from pyro_vae.evidence.blocks import INTERRUPTED
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.report import plots
+from pyro_vae.report.comparable import remarks_on
 from pyro_vae.report.comparison import Comparison
 from pyro_vae.report.difference import Difference
 from pyro_vae.report.stacking import stacking_weights
@@ -321,6 +322,39 @@ def test_a_conditional_program_beside_one_that_is_not() -> None:
         truth = torch.distributions.MultivariateNormal(columns(shift), cov).log_prob(x)
         torch.testing.assert_close(found.estimates[name].log_p, truth.double(), atol=1e-4, rtol=0.0)
     assert tuple(found.estimates) == ("given", "not")
+    assert found.remarks == (
+        "'given' is told x[1] and 'not' is not: its number is log p(x | y), and y may tell of x what the other has to find "
+        "out.",
+    )
+
+
+def test_conditions_that_differ_are_told_and_those_that_do_not_are_not() -> None:
+    x, y = torch.randn(5, 3), torch.linspace(-2.0, 2.0, 5)
+    assert remarks_on({"a": (x, y), "b": (x, y.double()[:, None])}) == ()
+    assert remarks_on({"a": (x,), "b": (x,)}) == ()
+    other = y.clone()
+    other[3] += 0.5
+    first, second = remarks_on({"a": (x, y), "b": (x, other)})
+    assert first.startswith("'a' is told x[1] and 'b' is not: ")
+    assert second.startswith("'b' is told x[1] and 'a' is not: ")
+    (more,) = remarks_on({"a": (x, y, other), "b": (x, other), "c": (x,)})[:1]
+    assert more.startswith("'a' is told x[1], x[2] and 'b', 'c' are not: ")
+    assert more.endswith("what the others have to find out.")
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_row_sums_among_the_conditions_are_told_to_make_no_log_p(missing: bool) -> None:
+    x = torch.tensor([[1.0, 0.0, 4.0], [2.0, 7.0, 1.0], [0.0, 3.0, 0.0]])
+    library = torch.tensor([5, 3 if missing else 10, 3])
+    if missing:
+        x[1, 1] = NAN
+    told = "is the sum of each row of x, a function of x: log p(x | x[1]) leaves out how likely that sum is, so it is no"
+    (all_are_told,) = remarks_on({"a": (x, library), "b": (x, library[:, None].float())})
+    assert all_are_told == f"x[1] of 'a', 'b' {told} log p(x)."
+    differs, sums = remarks_on({"lib": (x, library), "no": (x,)})
+    assert differs.startswith("'lib' is told x[1] and 'no' is not")
+    assert sums == f"x[1] of 'lib' {told} log p(x)."
+    assert remarks_on({"a": (x, library + 1), "b": (x, library + 1)}) == ()
 
 
 def test_other_precision_is_no_other_value() -> None:
@@ -513,6 +547,12 @@ def test_the_figure_in_bits_counts_less_as_better(ax: Axes) -> None:
     assert f"{frame['bits_per_dimension'][0]:.4f}" in ax.get_yticklabels()[0].get_text()
     with pytest.raises(ValueError, match="bits=True is for discrete data"):
         plots.comparison(comparison_of(a=[0.0, 1.0], b=[1.0, 3.0]), ax, bits=True)
+
+
+def test_the_figure_has_no_bits_where_nothing_was_seen(ax: Axes) -> None:
+    rows = {name: Estimate(**{**vars(estimate_of([0.0, 1e-9])), "dimensions": torch.zeros(2).long()}) for name in "ab"}
+    plots.comparison(Comparison(rows), ax, bits=True)
+    assert [text.get_text() for text in ax.texts] == ["no number", "no number"]
 
 
 def test_the_figure_tells_what_it_cannot_draw(ax: Axes) -> None:

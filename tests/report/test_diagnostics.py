@@ -434,7 +434,23 @@ def test_sites_that_do_not_fall_apart_are_one_part() -> None:
     assert within(usage.kl[5], kl_divergence(q, p).double().mean(), usage.kl_standard_error[5])
     q, p = dist.Beta(2.0, 1.0 + x[:, 1].exp()), dist.Beta(2.0, 3.0)
     assert within(usage.kl[4], kl_divergence(q, p).double().mean(), usage.kl_standard_error[4])
-    assert usage.dependence == pytest.approx(0.0, abs=1e-9)
+    assert math.isnan(usage.dependence)  # within the simplex it is not told apart
+    assert " nats, not told apart by dimension within simplex\n" in str(usage)
+
+
+def test_dependence_that_is_not_told_apart_is_not_called_zero() -> None:
+    """A mixture of one component is a Normal, whose KL to the guide falls apart; only this prior says what there is."""
+    vae = pv.VAE(
+        prior=pv.priors.Mixture(2, num_components=1),
+        likelihood=pv.likelihoods.Normal(pv.nets.MLP(2, 4), scale=0.5),
+        guide=pv.guides.FullNormal(pv.nets.MLP(4, hidden=(5,)), latent_dim=2),
+    )
+    usage = pv.diagnostics.latent_usage(vae, weights(30, 4), num_particles=2, num_rows=10)
+    assert usage.part.tolist() == [0, 0]
+    assert math.isnan(usage.dependence)
+    assert " nats, not told apart by dimension within z\n" in str(usage)
+    assert "0 of 1 parts; single dimensions within z are not seen\n" in str(usage)
+    assert "dependence" not in str(usage)
 
 
 def collapsing(used: int, dim: int = 4) -> pv.Program:

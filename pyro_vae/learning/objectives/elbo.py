@@ -48,10 +48,12 @@ class ELBO(Objective):
         self, kl: KL = analytic_kl, beta: float | Schedule = 1.0, num_particles: int = 1, free_bits: float = 0.0
     ) -> None:
         positive(num_particles=num_particles)
-        if not callable(beta) and not (math.isfinite(beta) and beta >= 0.0):
-            raise ValueError(f"beta={beta} must be a finite number of at least 0, or a schedule.")
-        if not (math.isfinite(free_bits) and free_bits >= 0.0):
-            raise ValueError(f"free_bits={free_bits} must be a finite number of nats of at least 0.")
+        if not callable(kl):
+            raise TypeError(f"kl={kl!r} is no function: give pv.objectives.analytic_kl or pv.objectives.sampled_kl.")
+        if not callable(beta) and not _at_least_zero(beta):
+            raise ValueError(f"beta={beta!r} must be a finite number of at least 0, or a schedule.")
+        if not _at_least_zero(free_bits):
+            raise ValueError(f"free_bits={free_bits!r} must be a finite number of nats of at least 0.")
         super().__init__(num_particles=num_particles)
         self.kl, self.beta, self.free_bits = kl, beta, free_bits
         self._told: set[tuple[str, str, str]] = set()
@@ -113,6 +115,13 @@ class ELBO(Objective):
                 self._told.add(pair)
                 tell_sampled(q, p)
             return sampled_kl(q, p)
+
+
+def _at_least_zero(value: Any) -> bool:
+    try:
+        return math.isfinite(value) and bool(value >= 0.0)
+    except TypeError:  # no number
+        return False
 
 
 def _scaled(site: Site, value: Tensor, beta: float = 1.0) -> Tensor:

@@ -36,6 +36,9 @@ class SemiAmortised(Guide):
     antithetic and of second moment one in each dimension, jointly the identity if there are at least 2 D of them: L is then
     exact where log p(x, z) is quadratic in z.
 
+    While the decoder is trained, its dropout is drawn anew for each trial point, and BatchNorm's running statistics take
+    these points in as well.
+
     A row costs (steps + 1) x num_draws passes through the decoder, and as many back, each time the guide is run.
 
     Args:

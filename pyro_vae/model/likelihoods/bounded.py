@@ -58,7 +58,7 @@ class Beta(Elementwise):
 
     def __init__(self, decoder: nn.Module, concentration: float | Scale, *, missing: bool = False) -> None:
         super().__init__(decoder, missing=missing)
-        self.concentration = as_scale(concentration)
+        self.concentration = as_scale(concentration, "concentration")
         if isinstance(self.concentration, Optimal):
             raise ValueError(f"concentration={self.concentration!r} is the optimal scale of a Normal: give Learned().")
         require_columns("concentration", self.concentration, decoder)

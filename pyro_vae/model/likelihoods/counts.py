@@ -223,7 +223,7 @@ def make_dispersion(dispersion: float | Scale | None, decoder: nn.Module) -> Sca
     Raises:
         ValueError: one that is no dispersion, or does not fit the decoder.
     """
-    scale = Learned() if dispersion is None else as_scale(dispersion)
+    scale = Learned() if dispersion is None else as_scale(dispersion, "dispersion")
     if isinstance(scale, Optimal):
         raise ValueError(f"dispersion={scale!r} is the optimal scale of a Normal: give Learned().")
     require_columns("dispersion", scale, decoder)

@@ -14,6 +14,27 @@ from pyro_vae.model.scales import Learned
 from pyro_vae.rows import positive
 
 
+def _columns(decoder: nn.Module, features: int | None) -> int:
+    """d, as given and as the decoder says.
+
+    Raises:
+        ValueError: neither says, or they differ.
+    """
+    columns, size = getattr(decoder, "out_features", None), out_features(decoder, features)
+    if columns not in (None, size):
+        raise ValueError(f"features={features} does not fit a decoder of {columns} columns: leave features out.")
+    positive(features=size)
+    return size
+
+
+def _located(loc: Tensor, z: Tensor, features: int) -> Tensor:
+    """`loc` as it is, (..., d) for z (..., D); refused is another shape, which a covariance would broadcast against."""
+    if loc.shape != (*z.shape[:-1], features):
+        found = tuple(loc.shape[z.dim() - 1 :])
+        raise ValueError(f"the decoder returns rows of shape {found}, and features={features} needs ({features},)")
+    return loc
+
+
 class FullNormal(Likelihood):
     """x ~ N(f(z), L L'), rows (d,), L learned.
 
@@ -38,8 +59,7 @@ class FullNormal(Likelihood):
         missing: bool = False,
     ) -> None:
         super().__init__(decoder, missing=missing)
-        self.features = out_features(decoder, features)
-        positive(features=self.features)
+        self.features = _columns(decoder, features)
         diagonal = Learned((self.features,), initial, minimum).raw.detach()
         self.initial, self.minimum = initial, minimum
         self.raw = nn.Parameter(torch.diag(diagonal))  # what is above the diagonal is not used
@@ -56,7 +76,8 @@ class FullNormal(Likelihood):
 
     def forward(self, z: Tensor, *given: Tensor) -> Any:
         """N(f(z), L L'), batch shape z.shape[:-1]."""
-        return families.FullNormal(self.decode(z, given), self.scale_tril(), missing=self.missing)
+        loc = _located(self.decode(z, given), z, self.features)
+        return families.FullNormal(loc, self.scale_tril(), missing=self.missing)
 
     def scale_tril(self) -> Tensor:
         """L, (d, d)."""
@@ -93,8 +114,8 @@ class LowRankNormal(Likelihood):
         missing: bool = False,
     ) -> None:
         super().__init__(decoder, missing=missing)
-        self.features = out_features(decoder, features)
-        positive(features=self.features, rank=rank)
+        self.features = _columns(decoder, features)
+        positive(rank=rank)
         self.rank, self.initial, self.minimum = rank, initial, minimum
         self.scale = Learned((self.features,), initial, minimum)
         self.factor = nn.Parameter(0.1 * initial * torch.randn(self.features, rank))
@@ -112,7 +133,8 @@ class LowRankNormal(Likelihood):
 
     def forward(self, z: Tensor, *given: Tensor) -> Any:
         """N(f(z), W W' + diag(s^2)), batch shape z.shape[:-1]."""
-        return families.LowRankNormal(self.decode(z, given), self.factor, self.scale(z), missing=self.missing)
+        loc = _located(self.decode(z, given), z, self.features)
+        return families.LowRankNormal(loc, self.factor, self.scale(z), missing=self.missing)
 
     def check_training(self, x: Tensor) -> None:
         """Refuse constant columns, which have a density without bound."""

@@ -28,7 +28,7 @@ class StudentT(Scaled):
 
     def __init__(self, decoder: nn.Module, scale: float | Scale, df: float | Scale = 5.0, *, missing: bool = False) -> None:
         super().__init__(decoder, scale, missing=missing)
-        self.df = as_scale(df)
+        self.df = as_scale(df, "df")
         if isinstance(self.df, Optimal):
             raise ValueError(f"df={self.df!r} is the optimal scale of a Normal: give a number, or Learned(initial=5.0).")
         require_columns("df", self.df, decoder)

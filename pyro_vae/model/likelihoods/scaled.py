@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from pyro_vae.model.likelihoods.likelihood import Elementwise
 from pyro_vae.model.scales import Fixed, Optimal, Scale
 
 
-def as_scale(scale: float | Scale) -> Scale:
-    """A scale as it is, a number as one that is not learned."""
-    return scale if isinstance(scale, Scale) else Fixed(scale)
+def as_scale(scale: float | Scale, name: str = "scale") -> Scale:
+    """A scale as it is, a number (or one for each dimension) as one that is not learned.
+
+    Raises:
+        TypeError: anything else, by the argument's `name`.
+    """
+    if isinstance(scale, Scale):
+        return scale
+    if not isinstance(scale, (Real, Sequence, Tensor, np.ndarray)) or isinstance(scale, str):
+        raise TypeError(
+            f"{name}={scale!r} is no scale: give a number, Learned(), FromNetwork(net) or, for a Normal, Optimal()."
+        )
+    return Fixed(scale)
 
 
 def require_columns(name: str, scale: Scale, decoder: nn.Module) -> None:

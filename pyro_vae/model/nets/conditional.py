@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.model.component import Component
 from pyro_vae.model.conditions import beside
-from pyro_vae.rows import Rows, positive
+from pyro_vae.rows import Rows, finite_rows, positive
 
 
 class Conditional(Component):
@@ -53,7 +53,8 @@ class Conditional(Component):
             told = y.reshape(-1, self.width).to(h)
         else:
             # Compared and not scattered: twice differentiable beside h, and the same on every device.
-            told = (y.reshape(-1, 1) == torch.arange(self.classes, device=y.device)).to(h)
+            # As floating point: torch compares no unsigned integers but those of 8 bits.
+            told = (y.reshape(-1, 1).float() == torch.arange(self.classes, device=y.device)).to(h)
         out: Tensor = self.net(torch.cat([h, beside(told, h)], dim=-1))
         return out
 
@@ -67,14 +68,20 @@ class Conditional(Component):
         """See `conditions.Reader`.
 
         Raises:
-            ValueError: a label that is no class, or another number of columns.
+            ValueError: a label that is no class, another number of columns, or numbers that are not finite.
         """
         y = given[self.position - 1]
         if self.classes is None:
             if tuple(y.shape[1:]) != (self.width,) and not (self.width == 1 and y.dim() == 1):
                 raise ValueError(f"x[{self.position}] has shape {tuple(y.shape)}: the network reads {self.width} columns.")
+            if not bool((good := finite_rows((y,))).all()):
+                raise ValueError(
+                    f"x[{self.position}] has NaN or infinite values, first in row {int((~good).nonzero()[0])}: the network "
+                    "reads finite numbers, remove these rows or fill the values in."
+                )
             return
-        wrong = (y < 0) | (y >= self.classes) | (y.double() != y.double().round())
+        y = y.double()
+        wrong = (y < 0) | (y >= self.classes) | (y != y.round())
         if y.numel() != len(y) or bool(wrong.any()):
             found = f"shape {tuple(y.shape)}" if y.numel() != len(y) else f"the value {y[wrong].flatten()[0].item():g}"
             raise ValueError(

@@ -112,10 +112,10 @@ def _labels(result: Comparison, *, bits: bool) -> list[str]:
 
 
 def _nats_of_a_bit(result: Comparison) -> float:
-    """Nats a row that are one bit per dimension less: minus the mean number of dimensions times ln 2."""
+    """Nats a row that are one bit per dimension less: minus the mean number of dimensions times ln 2; NaN if that is 0."""
     known = next(estimate for estimate in result.estimates.values() if estimate.discrete)
     dimensions = known.dimensions[result.common.to(known.dimensions.device)].double().mean()
-    return -float(dimensions) * math.log(2.0)
+    return -float(dimensions) * math.log(2.0) or math.nan
 
 
 def _words(line: dict[str, Any], count: int) -> str:

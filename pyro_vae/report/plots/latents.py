@@ -56,7 +56,8 @@ def _coloured(ax: Axes, points: Any, labels: Any) -> None:
 def latent_usage(result: LatentUsage, ax: Axes | None = None) -> Axes:
     """KL of each latent dimension in nats, mean over rows, in descending order; inactive ones are hollow and hatched.
 
-    Error bars are one Monte Carlo standard error; a KL in closed form has none. Up to 40 dimensions are named.
+    Dimensions whose KL is not told apart share the bar of their part. Error bars are one Monte Carlo standard error; a KL in
+    closed form has none. Up to 40 bars are named.
     """
     ax = axes(ax)
     order = result.kl.argsort(descending=True).cpu().numpy()
@@ -79,8 +80,7 @@ def latent_usage(result: LatentUsage, ax: Axes | None = None) -> Axes:
     if len(kl) <= 40:
         ax.set_xticks(place, [result.names[i] for i in order], rotation=90 if len(kl) > 8 else 0)
     total = f"{result.mean_kl.value:.4g} nats"
-    ax.set(
-        xlabel="latent dimension", ylabel="KL (nats per row)", title=f"KL(q(z | x) || p(z)) by dimension: {total} in all"
-    )
+    what = "dimension" if len(kl) == len(result.part) else "part"
+    ax.set(xlabel=f"latent {what}", ylabel="KL (nats per row)", title=f"KL(q(z | x) || p(z)) by {what}: {total} in all")
     ax.legend(frameon=False)
     return ax

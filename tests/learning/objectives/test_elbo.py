@@ -304,6 +304,12 @@ def test_bad_settings_are_named() -> None:
         pv.objectives.ELBO(beta=-1.0)
     with pytest.raises(ValueError, match=r"free_bits=-0\.5"):
         pv.objectives.ELBO(free_bits=-0.5)
+    with pytest.raises(ValueError, match=r"beta='a' must be a finite number of at least 0, or a schedule"):
+        pv.objectives.ELBO(beta="a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"free_bits=None must be a finite number"):
+        pv.objectives.ELBO(free_bits=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"kl='sampled' is no function: give .*analytic_kl or .*sampled_kl"):
+        pv.objectives.ELBO(kl="sampled")  # type: ignore[arg-type]
     makers = ("ELBO", "IWAE", "STL", "DReG", "ReweightedWakeSleep", "ScoreFunction")
     for maker in (*(getattr(pv.objectives, name) for name in makers), functools.partial(pv.objectives.Renyi, 0.5)):
         with pytest.raises(ValueError, match="num_particles=0"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model.components import Reshaped
 from torch import nn
 
 import pyro_vae as pv
@@ -43,12 +44,52 @@ def net(columns: int = 4) -> nn.Module:
         (lambda: L.FullNormal(nn.Flatten()), "no attribute out_features: give features="),
         (lambda: L.FullNormal(net(), initial=1e-4), r"initial=0\.0001 must lie above minimum"),
         (lambda: L.LowRankNormal(net(), rank=0), "rank=0"),
+        (lambda: L.FullNormal(net(), features=3), "features=3 does not fit a decoder of 4 columns: leave features out"),
+        (lambda: L.LowRankNormal(net(), rank=1, features=3), "features=3 does not fit a decoder of 4 columns"),
         (lambda: L.Poisson(net(), library=1.5), r"library=1\.5"),
     ],
 )
 def test_bad_settings_are_named(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "message"),
+    [
+        (
+            L.FullNormal(Reshaped(2, (2, 3)), features=6),
+            r"decoder returns rows of shape \(2, 3\), and features=6 needs \(6,\)",
+        ),
+        (
+            L.FullNormal(nn.Sequential(net(4)), features=3),
+            r"decoder returns rows of shape \(4,\), and features=3 needs \(3,\)",
+        ),
+        (L.LowRankNormal(nn.Sequential(net(4)), rank=1, features=3), r"decoder returns rows of shape \(4,\)"),
+        (
+            L.Normal(Reshaped(2, (2, 3)), scale=L.Learned((4, 2, 3))),
+            r"returns batch shape \(4,\) and event shape \(2, 3\) .*a scale has no more dimensions than a row",
+        ),
+    ],
+)
+def test_a_likelihood_of_other_rows_than_its_decoders_is_named(likelihood: L.Likelihood, message: str) -> None:
+    guide = pv.guides.DiagonalNormal(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), latent_dim=2, features=4)
+    with pytest.raises(ValueError, match=rf"(?s)^The likelihood .*{message}"):
+        pv.VAE(prior=pv.priors.StandardNormal(2), likelihood=likelihood, guide=guide)
+
+
+@pytest.mark.parametrize("value", [None, "0.3", nn.Linear(2, 4)])
+def test_what_is_no_scale_is_named(value: object) -> None:
+    makes = {
+        "scale": lambda: L.Normal(net(), scale=value),  # type: ignore[arg-type]
+        "df": lambda: L.StudentT(net(), 1.0, df=value),  # type: ignore[arg-type]
+        "concentration": lambda: L.Beta(net(), value),  # type: ignore[arg-type]
+    }
+    for name, make in makes.items():
+        with pytest.raises(TypeError, match=rf"^{name}=.* is no scale: give a number, Learned\(\), FromNetwork\(net\) or"):
+            make()
+    for good in (0.3, [0.3] * 4, torch.full((4,), 0.3), torch.full((4,), 0.3).numpy()):
+        assert isinstance(L.Normal(net(), scale=good).scale, L.Fixed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256, 65_536])

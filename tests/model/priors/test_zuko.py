@@ -151,3 +151,16 @@ def test_a_flow_without_a_density_in_the_needed_direction_is_refused() -> None:
         ValueError, match=r"(?s)Custom\(.*cannot go with the prior StandardNormal\(.*did not draw.*both directions"
     ):
         pv.VAE(prior=pv.priors.StandardNormal(2), likelihood=likelihood, guide=OneWay())
+
+
+def test_what_is_no_flow_of_the_latents_is_named() -> None:
+    flows = import_zuko().flows
+    for flow, found in (
+        (nn.Linear(2, 2), "missing 1 required positional argument"),
+        (flows.MAF(2, context=3, transforms=1, hidden_features=(4,)), "cannot be multiplied"),
+        (flows.MAF(3, transforms=1, hidden_features=(4,)), r"it returns event shape \(3,\)"),
+        (3, "not callable"),
+    ):
+        name = type(flow).__name__
+        with pytest.raises(ValueError, match=rf"^flow={name} is no prior of 2 latent dim.*without a context \(.*{found}"):
+            pv.priors.Flow(2, flow=flow)
