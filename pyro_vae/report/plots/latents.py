@@ -56,8 +56,8 @@ def _coloured(ax: Axes, points: Any, labels: Any) -> None:
 def latent_usage(result: LatentUsage, ax: Axes | None = None) -> Axes:
     """KL of each latent dimension in nats, mean over rows, in descending order; inactive ones are hollow and hatched.
 
-    Dimensions whose KL is not told apart share the bar of their part. Error bars are one Monte Carlo standard error; a KL in
-    closed form has none. Up to 40 bars are named.
+    Dimensions whose KL is not told apart share the bar of their part. Error bars are one Monte Carlo standard error; a KL
+    in closed form has none. Up to 40 bars are named.
     """
     ax = axes(ax)
     order = result.kl.argsort(descending=True).cpu().numpy()
