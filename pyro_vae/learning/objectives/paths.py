@@ -9,8 +9,8 @@ reparametrisation. What is left is, with shares s_k = w_k / sum_k w_k and the co
 
     sum_k c_k (d log w_k / d z_k) (d z_k / d phi),
 
-at the exact posterior, where log w does not depend on z, no noise at all. Far from it, and where log q bends sharply in z (a
-spline flow), it may have more noise than what it replaces. The model's gradient is that of `IWAE`,
+at the exact posterior, where log w does not depend on z, no noise at all. Far from it, and where log q bends sharply in z
+(a spline flow), it may have more noise than what it replaces. The model's gradient is that of `IWAE`,
 sum_k s_k d log p(x, z_k) / d theta. Parameters that model and guide share (a VampPrior's) get both.
 
 Each latent is cut where it is drawn: the guide and the model go on with a leaf. So one run of each serves, whatever the
