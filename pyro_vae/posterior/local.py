@@ -33,13 +33,16 @@ from pyro_vae.posterior.shapes import Shape
 from pyro_vae.posterior.shapes import positive as positive_precision
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows, positive, take
-from pyro_vae.seeds import Seed, seeded
+from pyro_vae.seeds import Seed, derive, seeded
 
 PAIRS = 8
 """Antithetic pairs that estimate the mean gradient under a Gaussian: what is odd in it cancels."""
 
-FEW = 512
-"""Numbers among which a median deviation is good to a tenth."""
+FEW = 64
+"""Fewer numbers have no median deviation to rely on; of so many it is good to a seventh."""
+
+SPREAD = 1
+"""Sub-stream of the seed."""
 
 KINKED_MOVES = 6
 """Steps to the mean of a bump among kinks: the mode itself lies at one of them, and anywhere."""
@@ -172,7 +175,7 @@ class Laplace(Engine):
         positive(num_starts=self.num_starts)
         with seeded(seed, rows[0].device):
             starts = find_starts(program, rows, self.num_starts)
-            least = least_curvature(_spread(program, rows, starts))
+            least = _least_curvature(program, rows, starts, seed)
             modes, cost = find_modes(program, rows, starts, memory, least)
             modes = centred(program.log_joint(rows), modes, rows[0].dtype)
         cost += 4 * PAIRS * torch.bincount(modes.row, minlength=len(cost))
@@ -197,16 +200,16 @@ def find_starts(program: Program, rows: Rows, num_starts: int) -> Tensor:
         return torch.cat(starts)
 
 
-def _spread(program: Program, rows: Rows, starts: Tensor) -> Tensor:
-    """Points by whose spread the widest Gaussian is set: the starts, or where these are few numbers, draws of the prior.
+def _least_curvature(program: Program, rows: Rows, starts: Tensor, seed: Seed) -> Tensor:
+    """That of the starts; where these are few numbers, of the wider of the starts and of some draws of the prior.
 
     The median deviation of four numbers may be next to nothing, and every proposal as narrow.
     """
     if starts.numel() >= FEW:
-        return starts
-    with torch.no_grad():
-        count = -(-FEW // starts[0].numel())
-        return program.log_joint(rows).flatten(program.sample_prior(rows, count)[0])
+        return least_curvature(starts)
+    with torch.no_grad(), seeded(derive(seed, SPREAD), rows[0].device):
+        draws = program.log_joint(rows).flatten(program.sample_prior(rows, -(-FEW // starts[0].numel()))[0])
+    return torch.minimum(least_curvature(starts), least_curvature(draws))
 
 
 def centred(log_joint: LogJoint, modes: Modes, dtype: torch.dtype) -> Modes:
