@@ -7,7 +7,6 @@ smaller, and that of the rows, which only more rows do.
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box as boxes
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -24,6 +22,7 @@ from torch import Tensor
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.report.difference import Difference
 from pyro_vae.report.stacking import stacking_weights
+from pyro_vae.report.tables import text_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -244,11 +243,8 @@ class Comparison:
                 f"{line['weight']:.2f}",
                 f"{line['reliable']:,} of {len(self):,}",
             )
-        paper = io.StringIO()
-        Console(file=paper, width=100).print(table)
-        drawn = "\n".join(line.rstrip() for line in paper.getvalue().split("\n")).strip("\n")
         head = f"log p(x) in nats a row, mean of {int(self.common.sum())} rows; differences are paired, row by row"
-        return "\n".join([head, drawn, *(f"* {note}" for note in self.notes)])
+        return "\n".join([head, text_of(table), *(f"* {note}" for note in self.notes)])
 
 
 def _told(line: dict[str, Any], *, best: bool) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ Ctrl-C ends the work and keeps what is finished.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box as boxes
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -33,6 +31,7 @@ from pyro_vae.report import growth, plots
 from pyro_vae.report.bars import Bars
 from pyro_vae.report.interrupts import watched
 from pyro_vae.report.plots.figure import looks
+from pyro_vae.report.tables import text_of
 from pyro_vae.seeds import derive
 
 if TYPE_CHECKING:
@@ -180,10 +179,7 @@ class Evaluation:
                 f"{told['median_standard_error']:.2g}",
                 f"{told['reliable']:,} of {told['rows']:,}",
             )
-        paper = io.StringIO()
-        Console(file=paper, width=100).print(table)
-        drawn = "\n".join(line.rstrip() for line in paper.getvalue().split("\n")).strip("\n")
-        return "\n".join([drawn, "", str(self.estimate), *([str(self.box)] if self.box is not None else [])])
+        return "\n".join([text_of(table), "", str(self.estimate), *([str(self.box)] if self.box is not None else [])])
 
 
 def run(

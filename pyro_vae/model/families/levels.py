@@ -160,8 +160,8 @@ class DiscretisedLogisticMixture(dist.TorchDistribution):
         return self.grid
 
     def _components(self) -> DiscretisedLogistic:
-        """The M of them, batch shape (..., M). The mixture has checked its parameters and values itself."""
-        return DiscretisedLogistic(self.loc, self.scale, self.grid, validate_args=False)
+        """The M of them, batch shape (..., M), which check what the mixture checks."""
+        return DiscretisedLogistic(self.loc, self.scale, self.grid, validate_args=self._validate_args)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         weights = self.logits.softmax(-1)
@@ -183,7 +183,7 @@ class DiscretisedLogisticMixture(dist.TorchDistribution):
         """Draws of a component each."""
         with torch.no_grad():
             draws = self._components().sample(sample_shape)
-            which = dist.Categorical(logits=self.logits, validate_args=False).sample(torch.Size(sample_shape))
+            which = dist.Categorical(logits=self.logits, validate_args=self._validate_args).sample(torch.Size(sample_shape))
             return draws.gather(-1, which[..., None]).squeeze(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class Mixture(dist.TorchDistribution):
         if own != batch_shape[len(batch_shape) - len(own) :]:
             new.logits = self.logits.expand(*batch_shape, -1)
             new.components = self.components.expand(torch.Size((*batch_shape, self.components.batch_shape[-1])))
+        # As torch's own `expand` does: the parameters were checked when they were given, `new` goes on as `self` does.
         dist.TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
