@@ -29,7 +29,7 @@ def import_zuko() -> Any:
     try:
         import zuko
     except ModuleNotFoundError as error:
-        raise ImportError("Flows need the package zuko: pip install 'pyro_vae[flows]'.") from error
+        raise ImportError("Flows need the package zuko: pip install zuko (the extra flows of pyro-vae).") from error
     finally:
         for attribute, value in before.items():
             setattr(Distribution, attribute, value)

@@ -2,7 +2,7 @@
 
 Both begin with a Normal that heads on the encoder set, and transforms that start near the identity and read the encoder's
 features. Draws and their densities take one pass through each transform. The package zuko is needed,
-``pip install 'pyro_vae[flows]'``.
+``pip install zuko``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Flow(Prior):
 
     The splines are autoregressive and run from z to eps: a density takes one pass, a draw D passes. They act on [-5, 5] and
     leave what lies outside as it is, so that the tails are Normal. T starts near the identity. The package zuko is needed,
-    ``pip install 'pyro_vae[flows]'``.
+    ``pip install zuko``.
 
     Args:
         latent_dim: D.

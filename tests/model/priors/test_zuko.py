@@ -60,7 +60,7 @@ def test_validation_and_constraints_stay_as_they_were() -> None:
 
 
 def test_a_missing_zuko_is_one_sentence() -> None:
-    assert run(MISSING) == "Flows need the package zuko: pip install 'pyro_vae[flows]'."
+    assert run(MISSING) == "Flows need the package zuko: pip install zuko (the extra flows of pyro-vae)."
 
 
 def test_a_flow_checks_its_arguments() -> None:
