@@ -26,15 +26,26 @@ def derive(seed: Seed, *key: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def reseed(seed: Seed, device: torch.device, *key: int) -> None:
+    """Seed torch's generators of the CPU and of `device` with (seed, key); inside of `kept`, which gives them back."""
+    number = derive(seed, *key)
+    # Not torch.manual_seed: that seeds the generators of all devices, and these alone are given back.
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)
+
+
+@contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Torch's random state on the CPU and on `device` as before on leaving."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 @contextmanager
 def seeded(seed: Seed, device: torch.device, *key: int) -> Iterator[None]:
     """Torch's random state on the CPU and on `device` seeded with (seed, key); as before on leaving."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        number = derive(seed, *key)
-        # Not torch.manual_seed: that seeds the generators of all devices, and these alone are given back.
-        torch.default_generator.manual_seed(number)
-        for each in devices:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(number)
+    with kept(device):
+        reseed(seed, device, *key)
         yield

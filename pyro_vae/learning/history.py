@@ -28,6 +28,8 @@ class History:
         learning_rate: of the first parameter group.
         seconds: wall-clock time since the start, resumed runs added up.
         stopped: why the run ended before its last epoch, or "".
+        compiled_from: the step, counted from 0, from which whole batches go through a compiled graph; None: none did.
+        why_eager: why a compilation was tried and given up, or "".
         kl: mean KL(q(z | x) || p(z)) of up to 1,024 rows at the end, validation rows if there are any; None before the end.
     """
 
@@ -38,6 +40,8 @@ class History:
     learning_rate: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     stopped: str = ""
+    compiled_from: int | None = None
+    why_eager: str = ""
     kl: float | None = None
 
     @property

@@ -48,6 +48,10 @@ class Display:
         """Show that `done` batches are done and the running ELBO of this epoch in nats a row."""
         self._bar.update(self._task, completed=done, description=f"epoch {epoch}  ELBO {elbo:9.3f}{self._valid}")
 
+    def say(self, what: str) -> None:
+        """Show what is going on beside the steps."""
+        self._bar.update(self._task, description=what)
+
     def validated(self, elbo: float) -> None:
         """Show the latest validation ELBO from now on."""
         self._valid = f"  validation {elbo:9.3f}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -30,15 +30,24 @@ class Stepper:
         objective: one of `pyro_vae.learning.objectives`, or any `pyro.infer.ELBO`.
         leaves: the parameters, by name.
         rows: a batch, to see whether the program carries scales.
+        precision: what the objective runs under, see `pyro_vae.learning.precision`.
     """
 
-    def __init__(self, program: Program, objective: Any, leaves: Mapping[str, Tensor], rows: Rows) -> None:
+    def __init__(
+        self,
+        program: Program,
+        objective: Any,
+        leaves: Mapping[str, Tensor],
+        rows: Rows,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         if not isinstance(objective, pyro.infer.ELBO):
             raise ValueError(
                 f"objective={objective!r} is no ELBO object: give pv.objectives.ELBO(), pyro.infer.Trace_ELBO() or such."
             )
         self.program, self.leaves = program, list(leaves.values())
         self.objective: Any = objective
+        self.precision = precision
         with evaluating(program.modules_found()), torch.no_grad():  # looking must not move BatchNorm's statistics
             q, p = sites_of(program.model, program.guide, rows, {})
         # Pyro's own ELBOs are the true ELBO as long as nothing is scaled; any other loss is judged by one more run.
@@ -58,10 +67,12 @@ class Stepper:
         model, guide, count = self.program.model, self.program.guide, len(rows[0])
         if isinstance(self.objective, Objective):
             self.objective.steps_taken = steps_taken
-            total, elbo = self.objective.loss_and_elbo(model, guide, *rows)
+            with self.precision():
+                total, elbo = self.objective.loss_and_elbo(model, guide, *rows)
             (total / count).backward()
             return total.item() / count, elbo.item()
-        loss = self._foreign(rows) / count
+        with self.precision():
+            loss = self._foreign(rows) / count
         if self._loss_is_elbo:
             return loss, -loss
         with torch.no_grad(), self._kept_buffers():

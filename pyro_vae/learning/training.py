@@ -18,15 +18,17 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vae import files
 from pyro_vae.learning import checkpoint as checkpoints
 from pyro_vae.learning.batches import Batches
+from pyro_vae.learning.engine import Compile, Engine
 from pyro_vae.learning.history import History
 from pyro_vae.learning.objectives import ELBO
 from pyro_vae.learning.progress import Display, Scalars
 from pyro_vae.learning.signals import Stop, noted
 from pyro_vae.learning.steps import Stepper, explain
+from pyro_vae.learning.updates import Spent, Update
 from pyro_vae.parameters import evaluating
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows
-from pyro_vae.seeds import seeded
+from pyro_vae.seeds import kept, reseed, seeded
 
 Callback = Callable[[int, History], bool | None]
 
@@ -59,6 +61,23 @@ class Position:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What one call of `run` has around its steps.
+
+    Attributes:
+        total: steps to the last epoch.
+        stop: whether a signal came.
+        display: the progress bar.
+        watched: whether callbacks run between epochs, which may change the program.
+    """
+
+    total: int
+    stop: Stop
+    display: Display
+    watched: bool
+
+
 @dataclass
 class Training:
     """One fit: its parts, and the loop over them. See `fit` for the meaning of each."""
@@ -74,6 +93,7 @@ class Training:
     clip_norm: float | None
     patience: int | None
     checkpoint: Path | None
+    compile: Compile = "auto"
     position: Position = field(default_factory=Position)
     history: History = field(default_factory=History)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -83,6 +103,9 @@ class Training:
     ) -> History:
         """Go on from where the checkpoint is, to the last epoch."""
         stepper = Stepper(self.program, self.objective, self.leaves, self.batches.first(2))
+        update = Update(stepper.leaves, self.optimiser, self.clip_norm)
+        whole = min(self.batches.batch_size, self.batches.num_rows)
+        engine = Engine(stepper, update, self.compile, whole, self._usable)
         self._resume()
         total = epochs * self.batches.num_batches
         with (
@@ -90,8 +113,9 @@ class Training:
             noted(active=self.checkpoint is not None) as stop,
             Display(total, show=progress) as display,
         ):
+            run = _Run(total, stop, display, watched=bool(callbacks))
             while self.position.epoch < epochs and not self.history.stopped:
-                self._epoch(stepper, stop, display)
+                self._epoch(engine, run)
                 scalars.epoch(self.history)
                 if self.valid is not None:
                     display.validated(self.history.valid_elbo[-1])
@@ -104,57 +128,74 @@ class Training:
         self.history.kl = self._kl()
         return self.history
 
-    def _epoch(self, stepper: Stepper, stop: Stop, display: Display) -> None:
+    def _epoch(self, engine: Engine, run: _Run) -> None:
         position, started = self.position, time.perf_counter() - self.position.seconds
         order = self.batches.order((self.seed, ORDER), position.epoch)
-        while position.batch < self.batches.num_batches:
-            loss, elbo, count = self._step(stepper, order)
-            position.loss += loss * count
-            position.elbo += elbo * count
-            position.rows += count
-            position.batch += 1
-            position.seconds = time.perf_counter() - started
-            done = position.epoch * self.batches.num_batches + position.batch
-            display.step(done, position.epoch + 1, position.elbo / position.rows)
-            if stop.signal is not None:
-                self._require_finite()
-                self._save()
-                stop.leave()
+        unread = 0
+        with kept(self.batches.device):
+            while position.batch < self.batches.num_batches:
+                self._step(engine, order, run)
+                position.batch, unread = position.batch + 1, unread + 1
+                stopping = run.stop.signal is not None
+                if unread == engine.interval or position.batch == self.batches.num_batches or stopping:
+                    self._count(engine.read(), unread)
+                    unread = 0
+                    position.seconds = time.perf_counter() - started
+                    done = position.epoch * self.batches.num_batches + position.batch
+                    run.display.step(done, position.epoch + 1, position.elbo / position.rows)
+                if stopping:
+                    self._require_finite()
+                    self._save()
+                    run.stop.leave()
         self._finish_epoch()
         position.seconds = time.perf_counter() - started
         self.history.seconds.append(position.seconds)
 
-    def _step(self, stepper: Stepper, order: Tensor) -> tuple[float, float, int]:
-        """One gradient step: loss and ELBO of a mean row, and the number of rows."""
+    def _step(self, engine: Engine, order: Tensor, run: _Run) -> None:
+        """One gradient step, with the draws of its own key."""
         position = self.position
-        key = (TRAIN, position.epoch, position.batch)
-        with seeded(self.seed, self.batches.device, *key):
-            rows = self.batches.at(order, position.batch)
-            steps_taken = position.epoch * self.batches.num_batches + position.batch
-            try:
-                loss, elbo = stepper.gradients(rows, steps_taken)
-            except ValueError as error:
-                if len(rows[0]) == 1 and "more than 1 value per channel" in str(error):
-                    raise ValueError(
-                        f"The last batch has one row, which BatchNorm cannot take: {self.batches.num_rows} rows leave one "
-                        f"over with batch_size={self.batches.batch_size}, choose another."
-                    ) from error
-                # Pyro's validation refuses a NaN parameter before there is a loss; other mistakes are told as they are.
-                if found := self._not_finite(rows, key):
-                    raise FloatingPointError(self._where(found)) from error
-                raise
-        if not (math.isfinite(elbo) and (math.isfinite(loss) or stepper.finite_gradients())):
-            raise FloatingPointError(self._where(self._not_finite(rows, key) or f"the loss is {loss}"))
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), self.clip_norm)
-        self.optimiser.step()
-        return loss, elbo, len(rows[0])
+        steps_taken = position.epoch * self.batches.num_batches + position.batch
+        rows = self._rows(order, position.batch)
+        if engine.pays(steps_taken, run.total - steps_taken, before=self.history.compiled_from is not None):
+            run.display.say("compiling the step")
+            engine.capture(rows, steps_taken)
+            if engine.compiled and self.history.compiled_from is None:
+                self.history.compiled_from = steps_taken
+        elif position.batch == 0:
+            engine.check(rows, steps_taken, now=run.watched)
+        self.history.why_eager = engine.why_eager
+        try:
+            engine.take(rows, steps_taken)
+        except ValueError as error:
+            if len(rows[0]) == 1 and "more than 1 value per channel" in str(error):
+                raise ValueError(
+                    f"The last batch has one row, which BatchNorm cannot take: {self.batches.num_rows} rows leave one "
+                    f"over with batch_size={self.batches.batch_size}, choose another."
+                ) from error
+            # Pyro's validation refuses a NaN parameter before there is a loss; other mistakes are told as they are.
+            if found := self._not_finite(order):
+                raise FloatingPointError(self._where(found)) from error
+            raise
 
-    def _not_finite(self, rows: Rows, key: tuple[int, ...]) -> str | None:
+    def _rows(self, order: Tensor, batch: int) -> Rows:
+        """The rows of a batch of this epoch, and the random state that its step goes on with."""
+        reseed(self.seed, self.batches.device, TRAIN, self.position.epoch, batch)
+        return self.batches.at(order, batch)
+
+    def _count(self, spent: Spent, steps: int) -> None:
+        """Add to this epoch's sums what the last `steps` steps came to."""
+        position = self.position
+        position.loss += spent.loss
+        position.elbo += spent.elbo
+        position.rows += spent.rows
+        if spent.failed:
+            position.batch -= steps - spent.steps
+            order = self.batches.order((self.seed, ORDER), position.epoch)
+            raise FloatingPointError(self._where(self._not_finite(order) or "the loss is not finite"))
+
+    def _not_finite(self, order: Tensor) -> str | None:
         """Where the failing batch is not finite, met again with the same draws."""
-        with seeded(self.seed, self.batches.device, *key):
-            self.batches.at(torch.arange(len(rows[0])), 0)  # the draws that the batch's transform took
-            return explain(self.program, rows)
+        return explain(self.program, self._rows(order, self.position.batch))
 
     def _where(self, what: str) -> str:
         kept = "" if self.checkpoint is None else f" {self.checkpoint} keeps the last good state."
@@ -185,6 +226,13 @@ class Training:
             self.schedule.step((history.valid_elbo or history.elbo)[-1])
         elif self.schedule is not None:
             self.schedule.step()
+
+    def _usable(self) -> bool:
+        """Whether the training rows lie inside the support; a VAE has looked at them before the first step."""
+        if hasattr(self.program, "check_training"):
+            return True
+        whole = self.batches.tensors if self.batches.transform is None else None
+        return bool(self.program.usable_rows(whole if whole is not None else self.batches.spread(1024))[0].all())
 
     def _validate(self, valid: Batches) -> float:
         """The true ELBO of a mean validation row, with the same noise every epoch so that epochs compare."""

@@ -64,9 +64,13 @@ class ELBO(Objective):
         free_bits = f", free_bits={self.free_bits}" if self.free_bits else ""
         return f"ELBO(kl={kl}, beta={self.beta!r}, num_particles={self.num_particles}{free_bits})"
 
+    def schedules(self) -> dict[str, Schedule]:
+        """See `Objective.schedules`."""
+        return {"beta": self.beta} if callable(self.beta) else {}
+
     def loss_and_elbo(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """See `Objective.loss_and_elbo`."""
-        beta = self.beta(self.steps_taken) if callable(self.beta) else self.beta
+        beta = self.scheduled("beta") if callable(self.beta) else self.beta
         pairs = self._pairs(model, guide, args, kwargs)
         for pair in pairs:
             require_reparametrised(pair.q)
@@ -124,7 +128,7 @@ def _at_least_zero(value: Any) -> bool:
         return False
 
 
-def _scaled(site: Site, value: Tensor, beta: float = 1.0) -> Tensor:
+def _scaled(site: Site, value: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     value = value if site.observed else beta * value
     scaled: Tensor = scale_and_mask(value, scale=site.scale, mask=site.mask)
     return scaled

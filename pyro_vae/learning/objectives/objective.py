@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro.infer
 import torch
 from torch import Tensor
 
+from pyro_vae.graph import CannotCapture
 from pyro_vae.layouts import Layout
+from pyro_vae.learning.objectives.schedules import Schedule
 from pyro_vae.program import Program, record
 from pyro_vae.recording import HandOn, Recording
 from pyro_vae.rows import as_rows
@@ -28,12 +31,45 @@ class Pair(NamedTuple):
 class Objective(pyro.infer.ELBO):
     """A loss for a model and guide that also reports the true ELBO. To add one, implement `loss_and_elbo`.
 
-    Attributes:
-        steps_taken: gradient steps so far, what schedules go by; `pv.fit` sets it, `loss_and_grads` counts it.
+    What changes from step to step is a schedule of a name in `schedules`, read by `scheduled`: a captured step, which runs
+    no Python, takes it as an input.
     """
 
-    steps_taken: int = 0
+    _steps_taken: int = 0
+    _scheduled: Mapping[str, Tensor] | None = None
     _batched: tuple[tuple[Any, ...], bool] | None = None
+
+    @property
+    def steps_taken(self) -> int:
+        """Gradient steps so far, what schedules go by; `pv.fit` sets it, `loss_and_grads` counts it.
+
+        Raises:
+            CannotCapture: it is read while a step is captured, which would keep this number for good.
+        """
+        if self._scheduled is not None:
+            raise CannotCapture(f"{type(self).__name__} reads steps_taken, which only `schedules` may")
+        return self._steps_taken
+
+    @steps_taken.setter
+    def steps_taken(self, steps: int) -> None:
+        self._steps_taken = steps
+
+    def schedules(self) -> dict[str, Schedule]:
+        """Numbers that depend on how many steps were taken, by name."""
+        return {}
+
+    def scheduled(self, name: str) -> float | Tensor:
+        """The number of the schedule `name` at this step; in a captured step a tensor, ()."""
+        return self._scheduled[name] if self._scheduled is not None else self.schedules()[name](self.steps_taken)
+
+    @contextmanager
+    def given(self, numbers: Mapping[str, Tensor]) -> Iterator[None]:
+        """For the time of a capture: the scheduled numbers, each (), whatever `steps_taken` says."""
+        self._scheduled = numbers
+        try:
+            yield
+        finally:
+            self._scheduled = None
 
     @abstractmethod
     def loss_and_elbo(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
