@@ -111,6 +111,7 @@ def _why(error: Exception) -> str:
 def _lift(graph: fx.GraphModule) -> list[Tensor]:
     """Make inputs of the tensors that the graph holds, each once; literals that were made on the way stay constants."""
     held: dict[int, tuple[Tensor, fx.Node]] = {}
+    lifted: set[str] = set()
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
         tensor = getattr(graph, str(node.target))
@@ -122,6 +123,9 @@ def _lift(graph: fx.GraphModule) -> list[Tensor]:
             held[id(tensor)] = tensor, last
         node.replace_all_uses_with(held[id(tensor)][1])
         graph.graph.erase_node(node)
+        lifted.add(str(node.target))
+    for name in lifted:
+        delattr(graph, name)  # else the compiler takes it for one more input, of the same memory
     graph.graph.lint()
     graph.recompile()
     return [tensor for tensor, _ in held.values()]
