@@ -81,7 +81,9 @@ def _as_tensor(part: object, name: str) -> Tensor:
 
 def take(rows: Rows, index: Tensor | slice) -> Rows:
     """The rows at `index`, from every tensor of the tuple."""
-    return tuple(part[index] for part in rows)
+    if isinstance(index, slice) or index.dtype is not torch.int64:
+        return tuple(part[index] for part in rows)
+    return tuple(part.index_select(0, index) for part in rows)  # several times faster than indexing
 
 
 def probe(rows: Rows, count: int) -> Rows:

@@ -16,6 +16,12 @@ from torch.utils.data import Dataset, default_collate
 from pyro_vae.rows import Data, Rows, as_rows, require_finite, take
 from pyro_vae.seeds import Seed, derive
 
+WIDE = 2**23
+"""Bytes of rows in a wide batch."""
+
+RESIDENT = 2**30
+"""Rows of at most so many bytes live on the device as a whole."""
+
 Transform = Callable[[Tensor], Tensor]
 Source = Data | Dataset[Any]
 
@@ -51,6 +57,8 @@ class Batches:
         if self._rows is not None:
             require_finite(self._rows, name, missing=missing)
             self.num_rows = len(self._rows[0])
+            if device.type != "cpu" and sum(part.nbytes for part in self._rows) <= RESIDENT:
+                self._rows = tuple(part.to(device) for part in self._rows)
         else:
             if not hasattr(source, "__len__"):
                 raise TypeError(f"{name} is a {type(source).__name__} without a length: give a map-style Dataset.")
@@ -68,6 +76,11 @@ class Batches:
         """All rows, untransformed, where they are tensors."""
         return self._rows
 
+    def widen(self) -> None:
+        """Make batches larger where nothing but speed hangs on it: up to 1,024 rows, as far as they fit `WIDE` bytes."""
+        row = sum(part.nbytes for part in self.first(1))
+        self.batch_size = max(self.batch_size, min(1024, WIDE // max(1, row)))
+
     def first(self, count: int) -> Rows:
         """The first rows as a batch, transformed."""
         return self._fetch(torch.arange(min(count, self.num_rows)))
@@ -79,14 +92,15 @@ class Batches:
     def order(self, seed: Seed, epoch: int) -> Tensor:
         """The permutation of the rows in an epoch, (N,): the same whenever it is asked for."""
         generator = torch.Generator().manual_seed(derive(seed, epoch))
-        return torch.randperm(self.num_rows, generator=generator)
+        order = torch.randperm(self.num_rows, generator=generator)
+        return order if self._rows is None else order.to(self._rows[0].device)
 
     def at(self, order: Tensor, batch: int) -> Rows:
         """Batch number `batch` of an epoch in the order `order`."""
         return self._fetch(order[batch * self.batch_size : (batch + 1) * self.batch_size])
 
     def _fetch(self, index: Tensor) -> Rows:
-        rows = take(self._rows, index) if self._rows is not None else self._collate(index)
+        rows = take(self._rows, index.to(self._rows[0].device)) if self._rows is not None else self._collate(index)
         rows = tuple(part.detach().to(self.device) for part in rows)
         return rows if self.transform is None else (self.transform(rows[0]), *rows[1:])
 
@@ -100,7 +114,7 @@ class Batches:
     def fingerprint(self) -> str:
         """A short text that differs for other data: sizes, dtypes and a checksum over up to 256 rows."""
         some = torch.linspace(0, self.num_rows - 1, min(self.num_rows, 256)).long()
-        rows = take(self._rows, some) if self._rows is not None else self._collate(some)
+        rows = take(self._rows, some.to(self._rows[0].device)) if self._rows is not None else self._collate(some)
         checksum = 0
         for part in rows:
             checksum = zlib.crc32(part.contiguous().cpu().numpy().tobytes(), checksum)

@@ -76,7 +76,8 @@ class CapturedStep:
 
     def take(self, rows: Rows, steps_taken: int) -> None:
         """One step: parameters and optimiser move, loss and ELBO are counted."""
-        found = self._graph(self._numbers(steps_taken), *rows)
+        with self._stepper.precision.running():
+            found = self._graph(self._numbers(steps_taken), *rows)
         if self._adam is not None:
             self._adam.count()
             return
@@ -105,7 +106,8 @@ class CapturedStep:
             if self._adam is not None:
                 expected = self._moments(expected, steps_taken)
         with restored(self._changed()), seeded(0, rows[0].device):
-            found = self._graph(self._numbers(steps_taken), *rows)
+            with self._stepper.precision.running():
+                found = self._graph(self._numbers(steps_taken), *rows)
             values, gradients = (found[:2], found[2:]) if self._adam is None else (found, self._adam.means)
             self.tally.values.zero_()
             told = zip(("loss", "ELBO"), values, (loss, elbo), strict=True)
@@ -141,7 +143,7 @@ class CapturedStep:
 
     def _differentiated(self, rows: Rows) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
         program = self._stepper.program
-        with self._stepper.precision():
+        with self._stepper.precision.writing():
             total, elbo = self._objective.loss_and_elbo(program.model, program.guide, *rows)
         loss = total / self._count
         return loss.detach(), elbo.detach(), torch.autograd.grad(loss, self._stepper.leaves, allow_unused=True)

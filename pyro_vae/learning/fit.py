@@ -22,6 +22,7 @@ from pyro_vae.learning.batches import Batches, Source, Transform
 from pyro_vae.learning.engine import Compile
 from pyro_vae.learning.history import History
 from pyro_vae.learning.objectives import ELBO
+from pyro_vae.learning.precision import Precision
 from pyro_vae.learning.training import Callback, Training
 from pyro_vae.program import Program
 from pyro_vae.rows import positive
@@ -40,6 +41,7 @@ def fit(
     seed: int = 0,
     device: str | torch.device = "auto",
     compile: Compile = "auto",
+    precision: str = "full",
     optimiser: Callable[[Iterable[Tensor]], Optimizer] | None = None,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
@@ -66,6 +68,8 @@ def fit(
         compile: whether whole batches go through a graph of the step that is captured once and compiled: True from the
             second step on, "auto" after 100 steps if at least 8,000 are left, False never. Where that cannot be done the
             fit goes on eagerly and says why, once. Draws are the same either way, losses up to rounding.
+        precision: of the training steps: "full", "tf32" (coarse matrix products, on GPUs that have them) or "bf16"
+            (autocast); `history.precision_gap` says what it does to the ELBO. Validation is in full precision.
         optimiser: makes a `torch.optim` optimiser from the parameters, instead of Adam.
         schedule: makes a learning-rate schedule from the optimiser; stepped after each epoch (`ReduceLROnPlateau` by the
             validation ELBO, so with mode="max").
@@ -94,6 +98,8 @@ def fit(
     missing = bool(getattr(program, "missing", False))
     batches = Batches(train, "train", batch_size, place, transform, missing=missing)
     held_out = None if valid is None else Batches(valid, "valid", batch_size, place, transform, missing=missing)
+    if held_out is not None:
+        held_out.widen()
     for module in program.modules_found().values():
         module.to(place)
     known = set(pyro.get_param_store().keys())
@@ -124,6 +130,7 @@ def fit(
             patience=patience,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             compile=compile,
+            precision=Precision(precision, place).name,
         )
         try:
             return training.run(epochs, callbacks=callbacks, log_dir=log_dir, progress=progress)

@@ -31,6 +31,8 @@ class History:
         compiled_from: the step, counted from 0, from which whole batches go through a compiled graph; None: none did.
         why_eager: why a compilation was tried and given up, or "".
         kl: mean KL(q(z | x) || p(z)) of up to 1,024 rows at the end, validation rows if there are any; None before the end.
+        precision_gap: with precision="tf32" or "bf16": mean ELBO of these rows in that precision, less the same in full
+            precision with the same noise, at the end.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -43,6 +45,7 @@ class History:
     compiled_from: int | None = None
     why_eager: str = ""
     kl: float | None = None
+    precision_gap: float | None = None
 
     @property
     def collapsed(self) -> bool:
@@ -61,6 +64,8 @@ class History:
         why = f"; {self.stopped}" if self.stopped else ""
         if self.kl is not None:
             why = f", KL {self.kl:.3g}{why}"
+        if self.precision_gap is not None:
+            why += f"; coarse arithmetic moves the ELBO by {self.precision_gap:+.2g} nats"
         if self.collapsed:
             why += "; WARNING: the posterior has collapsed onto the prior, z says nothing of x: try free bits, a warm-up"
         return f"epoch {self.epoch[-1]}: ELBO {self.elbo[-1]:.3f}{valid} nats a row, {self.seconds[-1]:.1f} s{why}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_vae.learning.objectives import ELBO, Objective, analytic_kl, sites_of
 from pyro_vae.learning.objectives.kl import tell_sampled
+from pyro_vae.learning.precision import Precision
 from pyro_vae.parameters import evaluating
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows
@@ -30,7 +31,7 @@ class Stepper:
         objective: one of `pyro_vae.learning.objectives`, or any `pyro.infer.ELBO`.
         leaves: the parameters, by name.
         rows: a batch, to see whether the program carries scales.
-        precision: what the objective runs under, see `pyro_vae.learning.precision`.
+        precision: of the steps; None is full.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Stepper:
         objective: Any,
         leaves: Mapping[str, Tensor],
         rows: Rows,
-        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        precision: Precision | None = None,
     ) -> None:
         if not isinstance(objective, pyro.infer.ELBO):
             raise ValueError(
@@ -47,7 +48,7 @@ class Stepper:
             )
         self.program, self.leaves = program, list(leaves.values())
         self.objective: Any = objective
-        self.precision = precision
+        self.precision = precision or Precision("full", rows[0].device)
         with evaluating(program.modules_found()), torch.no_grad():  # looking must not move BatchNorm's statistics
             q, p = sites_of(program.model, program.guide, rows, {})
         # Pyro's own ELBOs are the true ELBO as long as nothing is scaled; any other loss is judged by one more run.
@@ -67,11 +68,11 @@ class Stepper:
         model, guide, count = self.program.model, self.program.guide, len(rows[0])
         if isinstance(self.objective, Objective):
             self.objective.steps_taken = steps_taken
-            with self.precision():
+            with self.precision.writing():
                 total, elbo = self.objective.loss_and_elbo(model, guide, *rows)
             (total / count).backward()
             return total.item() / count, elbo.item()
-        with self.precision():
+        with self.precision.writing():
             loss = self._foreign(rows) / count
         if self._loss_is_elbo:
             return loss, -loss

@@ -20,20 +20,20 @@ from pyro_vae.learning import checkpoint as checkpoints
 from pyro_vae.learning.batches import Batches
 from pyro_vae.learning.engine import Compile, Engine
 from pyro_vae.learning.history import History
-from pyro_vae.learning.objectives import ELBO
+from pyro_vae.learning.precision import Precision
 from pyro_vae.learning.progress import Display, Scalars
 from pyro_vae.learning.signals import Stop, noted
 from pyro_vae.learning.steps import Stepper, explain
 from pyro_vae.learning.updates import Spent, Update
-from pyro_vae.parameters import evaluating
+from pyro_vae.learning.validation import mean_kl, precision_gap, true_elbo
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows
-from pyro_vae.seeds import kept, reseed, seeded
+from pyro_vae.seeds import kept, reseed
 
 Callback = Callable[[int, History], bool | None]
 
-TRAIN, VALID, ORDER, KL = 0, 1, 2, 3
-"""Sub-streams of a fit's random numbers."""
+TRAIN, ORDER = 0, 2
+"""Sub-streams of a fit's random numbers; `validation` has the others."""
 
 
 @dataclass
@@ -94,6 +94,7 @@ class Training:
     patience: int | None
     checkpoint: Path | None
     compile: Compile = "auto"
+    precision: str = "full"
     position: Position = field(default_factory=Position)
     history: History = field(default_factory=History)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -102,7 +103,8 @@ class Training:
         self, epochs: int, *, callbacks: Sequence[Callback], log_dir: str | Path | None, progress: bool | None
     ) -> History:
         """Go on from where the checkpoint is, to the last epoch."""
-        stepper = Stepper(self.program, self.objective, self.leaves, self.batches.first(2))
+        precision = Precision(self.precision, self.batches.device)
+        stepper = Stepper(self.program, self.objective, self.leaves, self.batches.first(2), precision)
         update = Update(stepper.leaves, self.optimiser, self.clip_norm)
         whole = min(self.batches.batch_size, self.batches.num_rows)
         engine = Engine(stepper, update, self.compile, whole, self._usable)
@@ -125,7 +127,9 @@ class Training:
                 stop.leave()
         if self.best:
             self._put("best", self.best)
-        self.history.kl = self._kl()
+        judged = self.batches if self.valid is None else self.valid
+        self.history.kl = mean_kl(self.program, judged, self.seed)
+        self.history.precision_gap = precision_gap(self.program, judged, self.seed, precision)
         return self.history
 
     def _epoch(self, engine: Engine, run: _Run) -> None:
@@ -220,7 +224,7 @@ class Training:
         history.learning_rate.append(float(self.optimiser.param_groups[0]["lr"]))
         position.batch, position.loss, position.elbo, position.rows = 0, 0.0, 0.0, 0
         if self.valid is not None:
-            history.valid_elbo.append(self._validate(self.valid))
+            history.valid_elbo.append(true_elbo(self.program, self.valid, self.seed))
             self._judge(history.valid_elbo[-1])
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step((history.valid_elbo or history.elbo)[-1])
@@ -233,23 +237,6 @@ class Training:
             return True
         whole = self.batches.tensors if self.batches.transform is None else None
         return bool(self.program.usable_rows(whole if whole is not None else self.batches.spread(1024))[0].all())
-
-    def _validate(self, valid: Batches) -> float:
-        """The true ELBO of a mean validation row, with the same noise every epoch so that epochs compare."""
-        elbo, total, order = ELBO(), 0.0, torch.arange(valid.num_rows)
-        with torch.no_grad(), evaluating(self.program.modules_found()):
-            for number in range(valid.num_batches):
-                with seeded(self.seed, valid.device, VALID, number):
-                    rows = valid.at(order, number)
-                    total += elbo.rows(self.program.model, self.program.guide, *rows).double().sum().item()
-        return total / valid.num_rows
-
-    def _kl(self) -> float:
-        """Mean KL of some rows, so that a collapsed posterior does not go unseen."""
-        batches = self.batches if self.valid is None else self.valid
-        with torch.no_grad(), evaluating(self.program.modules_found()), seeded(self.seed, batches.device, KL):
-            rows = batches.spread(1024)
-            return ELBO().kl_rows(self.program.model, self.program.guide, *rows).double().mean().item()
 
     def _judge(self, valid_elbo: float) -> None:
         if self.patience is None:
@@ -287,6 +274,7 @@ class Training:
             "clip_norm": self.clip_norm,
             "patience": self.patience,
             "seed": self.seed,
+            "precision": None if self.precision == "full" else self.precision,
             "parameters": {name: list(leaf.shape) for name, leaf in self.leaves.items()},
             "modules": {at: " ".join(repr(m).split()) for at, m in self.program.modules_found().items()},
         }
