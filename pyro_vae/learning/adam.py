@@ -23,9 +23,12 @@ def serves(optimiser: Optimizer, used: Sequence[Tensor]) -> bool:
         return False
     unusual = ("amsgrad", "maximize", "differentiable")
     hooks = (*optimiser._optimizer_step_pre_hooks.values(), *optimiser._optimizer_step_post_hooks.values())
-    ages = {int(optimiser.state[leaf]["step"]) if optimiser.state[leaf] else 0 for leaf in used}
+    steps = [optimiser.state[leaf].get("step") for leaf in used]
+    if any(step is None or step.device != leaf.device for step, leaf in zip(steps, used, strict=True)):
+        return False
+    ages = {int(step) for step in steps}
     plain = not any(group[name] for group in optimiser.param_groups for name in unusual)
-    return plain and not hooks and len(ages) == 1 and 0 not in ages
+    return plain and not hooks and len(ages) == 1
 
 
 class GraphAdam:
@@ -62,7 +65,6 @@ class GraphAdam:
     def count(self) -> None:
         """Count an update."""
         self._taken += 1
-        torch._foreach_add_(self.steps, 1)
 
     def update(self, gradients: Sequence[Tensor], numbers: Tensor, healthy: Tensor, clip_norm: float | None) -> None:
         """Move the parameters in place, or nothing at all where `healthy`, (), is false.
@@ -83,6 +85,8 @@ class GraphAdam:
             moved = _moved(leaf, mean, square, gradient, table[group], decoupled=decoupled)
             for old, new in zip((leaf, mean, square), moved, strict=True):
                 old.copy_(torch.where(healthy, new, old))
+        for step in self.steps:
+            step.add_(healthy)
 
 
 def clipped(gradients: Sequence[Tensor], clip_norm: float) -> list[Tensor]:
