@@ -104,7 +104,7 @@ def at_u(log_joint: LogJoint, values: Values) -> Tensor:
     return log_joint(values["u"])
 
 
-def bytes_needed(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]) -> tuple[int, int]:
+def bytes_needed(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], object]) -> tuple[int, int]:
     """Bytes of one particle of one row, and those that any number of them share, from small runs of 4 and of 2 rows.
 
     Shapes alone decide them, so a program remembers the last few.
@@ -119,7 +119,7 @@ def bytes_needed(program: Program, rows: Rows, z: Values, density: Callable[[Log
     return cache[key]
 
 
-def _measure(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], Tensor]) -> tuple[int, int]:
+def _measure(program: Program, rows: Rows, z: Values, density: Callable[[LogJoint, Values], object]) -> tuple[int, int]:
     def run(count: int) -> int:
         log_joint = program.log_joint(probe(rows, count))
         index = torch.arange(count) % len(rows[0])

@@ -78,6 +78,9 @@ class GraphAdam:
         if clip_norm is not None:
             gradients = clipped(gradients, clip_norm)
         table = [dict(zip(_NUMBERS, row, strict=True)) for row in numbers.reshape(-1, len(_NUMBERS)).unbind()]
+        for group, by in zip(self._optimiser.param_groups, table, strict=True):
+            if group["weight_decay"] == 0:
+                del by["weight_decay"]  # else it costs one more pass over the parameters
         decoupled = isinstance(self._optimiser, AdamW) or self._optimiser.defaults.get("decoupled_weight_decay", False)
         for leaf, mean, square, gradient, group in zip(
             self._used, self.means, self.squares, gradients, self._groups, strict=True
@@ -106,11 +109,9 @@ def _moved(
     leaf: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, by: Mapping[str, Tensor], *, decoupled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New parameter, first and second moment."""
-    decay = by["weight_decay"] * leaf
-    if decoupled:
-        leaf = leaf - by["lr"] * decay
-    else:
-        gradient = gradient + decay
+    if "weight_decay" in by:
+        decay = by["weight_decay"] * leaf
+        leaf, gradient = (leaf - by["lr"] * decay, gradient) if decoupled else (leaf, gradient + decay)
     mean = mean + (gradient - mean) * (1.0 - by["beta1"])
     square = by["beta2"] * square + (1.0 - by["beta2"]) * gradient * gradient
     step = (by["lr"] / by["bias1"]) * mean / (square.sqrt() / by["bias2"] + by["eps"])
