@@ -78,12 +78,12 @@ class Budget:
     trials: int = 6
     large: int = 150
     small: int = 600
-    target: float = -106.0
-    repeats: int = 3
+    target: float = -103.0
+    repeats: int = 1
     epochs: int = 8
-    batch: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
-    hidden: tuple[int, ...] = (25, 50, 100, 200, 400, 800, 1600)
-    latent: tuple[int, ...] = (2, 5, 10, 20, 50, 100, 200)
+    batch: tuple[int, ...] = (16, 64, 128, 256, 1024)
+    hidden: tuple[int, ...] = (25, 100, 200, 400, 1600)
+    latent: tuple[int, ...] = (2, 10, 20, 50, 200)
 
 
 QUICK = Budget(
