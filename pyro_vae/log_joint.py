@@ -64,8 +64,6 @@ class LogJoint:
     """log p(x, z(u)) + log |det dz/du| for the N rows it was made for; differentiable in u.
 
     Attributes:
-        densities: how the rows are evaluated, see `layouts.run`: (particles, place from particles, latents to stop at).
-        slots: where each latent lies in u.
         dim: D, the length of u.
         num_rows: N.
         take: index (n,) -> the same of n of the rows, each as often as it is named.
@@ -78,34 +76,34 @@ class LogJoint:
         num_rows: int,
         rows_at: Callable[[Tensor], LogJoint],
     ) -> None:
-        self.densities, self.slots, self.num_rows, self.take = densities, slots, num_rows, rows_at
+        self._densities, self._slots, self.num_rows, self.take = densities, slots, num_rows, rows_at
         self.dim = max(slot.stop for slot in slots.values())
 
     def __call__(self, u: Tensor) -> Tensor:
         """The log-density of u per row: (K, N, D) -> (K, N), float64."""
-        run = self.densities({"u": self._checked(u)}, self._place_unconstrained)
+        run = self._densities({"u": self._checked(u)}, self._place_unconstrained)
         return run.latent + run.observed
 
     def prior(self, u: Tensor) -> Tensor:
         """log p(z(u)) + log |det dz/du|, the prior alone: (K, N, D) -> (K, N), float64; the decoder is not run."""
-        return self.densities({"u": self._checked(u)}, self._place_unconstrained, frozenset(self.slots)).latent
+        return self._densities({"u": self._checked(u)}, self._place_unconstrained, frozenset(self._slots)).latent
 
     def of_sites(self, z: Values) -> Tensor:
         """log p(x, z) of named latents (K, N, *event_shape) in their own support, no Jacobian: (K, N), float64."""
-        run = self.densities(z, place_values)
+        run = self._densities(z, place_values)
         return run.latent + run.observed
 
     def likelihood_of_sites(self, z: Values) -> Tensor:
         """log p(x | z) of named latents (K, N, *event_shape): (K, N), float64."""
-        return self.densities(z, place_values).observed
+        return self._densities(z, place_values).observed
 
     def unflatten(self, u: Tensor) -> Values:
         """The named latents z(u), each (K, N, *event_shape), from u (K, N, D); the decoder is not run."""
-        return self.densities({"u": self._checked(u)}, self._place_unconstrained, frozenset(self.slots)).values
+        return self._densities({"u": self._checked(u)}, self._place_unconstrained, frozenset(self._slots)).values
 
     def flatten(self, z: Values) -> Tensor:
         """The vector u (K, N, D) of named latents z, each (K, N, *event_shape); the decoder is not run."""
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.slots}  # one part a run of the model
+        parts: dict[str, list[Tensor]] = {name: [] for name in self._slots}  # one part a run of the model
 
         def recorder(values: Values) -> Place:
             def place(name: str, distribution: Any) -> tuple[Tensor, float]:
@@ -114,7 +112,7 @@ class LogJoint:
 
             return place
 
-        self.densities(z, recorder, frozenset(self.slots))
+        self._densities(z, recorder, frozenset(self._slots))
         shape = next(iter(z.values())).shape[:2]
         return torch.cat([torch.cat(part).reshape(*shape, -1) for part in parts.values()], dim=-1)
 
@@ -122,7 +120,7 @@ class LogJoint:
         u = particles["u"]
 
         def place(name: str, distribution: Any) -> tuple[Tensor, Tensor]:
-            slot = self.slots[name]
+            slot = self._slots[name]
             free = u[..., slot.start : slot.stop].reshape(*u.shape[:-1], *slot.shape)
             bijection = biject_to(distribution.support)
             value = bijection(free)

@@ -1,16 +1,21 @@
 """Derivatives of a log joint, for all rows and particles at once.
 
 Rows and particles do not touch each other, so the gradient of the sum is every point's own gradient, and one more backward
-pass through the gradient's graph multiplies every point's own Hessian by a vector: D passes give all Hessians, whatever the
-number of points.
+pass through the gradient's graph multiplies every point's own Hessian by a vector: D of them give all Hessians, whatever
+the number of points. Where the points are few, several vectors share a pass.
 """
 
 from __future__ import annotations
+
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from pyro_vae.log_joint import LogJoint
+
+TOGETHER = 1024
+"""Points times vectors of one backward pass, at most: with fewer it is Python that costs, with more it is memory."""
 
 
 class Local:
@@ -39,14 +44,28 @@ class Local:
         return product.double()
 
     def hessian(self) -> Tensor:
-        """(K, N, D, D), float64, symmetric; D backward passes."""
-        columns = []
-        for j in range(self.gradient.shape[-1]):
-            unit = torch.zeros_like(self.gradient)
-            unit[..., j] = 1.0
-            columns.append(self.hessian_times(unit))
-        hessian = torch.stack(columns, dim=-1)
+        """(K, N, D, D), float64, symmetric; D backward passes, or fewer of the same work."""
+        together = max(1, TOGETHER // max(1, self.value.numel()))
+        index = torch.arange(self.gradient.shape[-1], device=self.gradient.device)
+        hessian = torch.cat([self._columns(part) for part in index.split(together)]).movedim(0, -1)
         return 0.5 * (hessian + hessian.mT)
+
+    def _columns(self, index: Tensor) -> Tensor:
+        """Columns of every point's Hessian: `index` (n,) -> (n, K, N, D), float64."""
+        units = torch.nn.functional.one_hot(index, self.gradient.shape[-1])[:, None, None].expand(-1, *self.gradient.shape)
+        if len(index) > 1 and self._gradient.requires_grad:
+            # Not every function of a user's can be differentiated for several vectors at once.
+            with suppress(RuntimeError):
+                (columns,) = torch.autograd.grad(
+                    self._gradient,
+                    self._point,
+                    units.to(self._gradient.dtype),
+                    retain_graph=True,
+                    materialize_grads=True,
+                    is_grads_batched=True,
+                )
+                return columns.double()
+        return torch.stack([self.hessian_times(unit) for unit in units])
 
 
 def derivatives(log_joint: LogJoint, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,7 @@ class Proposal(Sampler):
                 first = self.program.guide_density(self.rows).of_sites({name: value[:1] for name, value in z.items()})
             log_q = torch.cat([first, log_q[1:]])
         # Of the prior's draws log p(z) cancels; leaving it out of both leaves its rounding out as well.
-        density = LogJoint.of_sites if self.guided else LogJoint.likelihood_of_sites
+        density = _joint if self.guided else _likelihood
         log_p = in_chunks(self.program, self.rows, z, density, self.memory)
         log_q = log_q if self.guided else torch.zeros_like(log_p)
         return Particles(
@@ -61,6 +61,14 @@ class Proposal(Sampler):
     def take(self, index: Tensor) -> Proposal:
         """See `Sampler.take`."""
         return Proposal(self.program, take(self.rows, index), self.memory, guided=self.guided)
+
+
+def _joint(log_joint: LogJoint, z: Values) -> Tensor:
+    return log_joint.of_sites(z)
+
+
+def _likelihood(log_joint: LogJoint, z: Values) -> Tensor:
+    return log_joint.likelihood_of_sites(z)
 
 
 @dataclass(frozen=True)
