@@ -15,10 +15,13 @@ from typing import Any, NoReturn
 import click
 
 from pyro_vae import __version__
+from pyro_vae.launch import Place, place
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT = click.IntRange(min=1)
+STOPPED = 130
+"""Exit code after Ctrl-C, the shell's for SIGINT."""
 HINTS = {
     "pv.data.binarise": "--transform binarise or --transform threshold",
     "pv.data.dequantise": "--transform dequantise or --scale learned",
@@ -140,7 +143,7 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
     data, splits = arguments.read()
     vae = arguments.build(data)
     objective = arguments.aim(vae)
-    run = Run.begin(out, arguments, data)
+    run = Run.begin(out, arguments, data, write=not place().rank)
     history = run_fit(
         vae,
         splits.train.x,
@@ -157,8 +160,9 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
         checkpoint=out,
         log_dir=log_dir,
     )
-    run.finish(vae, history)
-    plots.save(plots.learning_curve(history), out / "learning_curve.png")
+    if not place().rank:
+        run.finish(vae, history)
+        plots.save(plots.learning_curve(history), out / "learning_curve.png")
     _say(as_json, {"out": str(out), **history.to_dict()}, f"{history}\nsaved in {out}")
 
 
@@ -194,18 +198,19 @@ def evaluate(*, run: Path, rows: int | None, figures: bool, as_json: bool, **opt
     """  # noqa: D301 - click reads the \b
     from pyro_vae.report import bars, evaluation
     from pyro_vae.runs import Run
+    from pyro_vae.team import joined
 
     asked, opened = evaluation.Asked(**options), Run.open(run)
     vae, x = opened.fitted(), opened.view(opened.data()[1].test.x)[:rows]
     try:
-        with bars.on_stderr() as progress:
-            found = evaluation.run(vae, x, asked, run, figures=figures, progress=progress)
+        with joined() as team, bars.on_stderr(show=team.leads) as progress:
+            found = evaluation.run(vae, x, asked, run, figures=figures, progress=progress, team=team)
     except KeyboardInterrupt:
-        _fail(130, f"stopped before any rows were finished; {run / evaluation.CSV} was not written.")
+        _fail(STOPPED, f"stopped before any rows were finished; {run / evaluation.CSV} was not written.")
     drawn = f", figures in {', '.join(found.figures)}" if found.figures else ""
     _say(as_json, {"run": str(run), **found.to_dict()}, f"{found}\nrows are in {run / evaluation.CSV}{drawn}")
     if found.interrupted:
-        _fail(130, f"stopped; the rows that were finished are in {run / evaluation.CSV}.")
+        _fail(STOPPED, f"stopped; the rows that were finished are in {run / evaluation.CSV}.")
 
 
 @app.command()
@@ -271,7 +276,8 @@ def demo(*, out: Path, epochs: int, seed: int, as_json: bool) -> None:
 
 
 def _say(as_json: bool, about: dict[str, Any], text: str) -> None:  # noqa: FBT001 - the flag of every command
-    click.echo(json.dumps(_strict(about)) if as_json else text)
+    if not place().rank:
+        click.echo(json.dumps(_strict(about)) if as_json else text)
 
 
 def _strict(value: Any) -> Any:
@@ -293,11 +299,11 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(2, error.format_message())
     except (click.Abort, KeyboardInterrupt):
-        _fail(130, "stopped; where a run was begun, the same command resumes it.")
+        _fail(STOPPED, "stopped; where a run was begun, the same command resumes it.")
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if "--debug" in words:
             raise
-        _fail(1 if isinstance(error, FloatingPointError) else 2, _hinted(str(error)))
+        _fail(1 if isinstance(error, (FloatingPointError, ConnectionError)) else 2, _hinted(str(error)))
 
 
 def _hinted(message: str) -> str:
@@ -307,5 +313,11 @@ def _hinted(message: str) -> str:
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    click.echo(f"pyro-vae: {' '.join(message.split())}", err=True)
+    try:
+        here = place()
+    except ValueError:  # which is what there is to tell
+        here = Place()
+    if not (code == STOPPED and here.rank):  # all were stopped: one says so
+        who = f" {here}:" if here.size > 1 else ""
+        click.echo(f"pyro-vae:{who} {' '.join(message.split())}", err=True)
     raise SystemExit(code)

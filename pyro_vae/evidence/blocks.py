@@ -2,14 +2,14 @@
 
 Blocks are of one size, cut by the number of rows and particles alone, and block b draws its random numbers from (seed, b).
 So neither the byte budget, nor the order of the blocks, nor the process that works on one of them changes the answer beyond
-rounding.
+rounding: the ranks of a team share them, see `sharing`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.captured import CapturedProgram, Compile
 from pyro_vae.evidence.cascade import LEVELS, Block, Level
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.observed import discrete_dimensions
+from pyro_vae.evidence.sharing import Sharing
 from pyro_vae.memory import BLOCK_ROWS, BUDGET, block_rows
 from pyro_vae.parameters import judging
 from pyro_vae.posterior.engine import Engine
@@ -27,6 +29,7 @@ from pyro_vae.posterior.particles import Particles
 from pyro_vae.program import Program
 from pyro_vae.rows import Data, Rows, as_rows, even_blocks, positive, take
 from pyro_vae.seeds import derive
+from pyro_vae.team import ALONE, Team
 
 Method = Callable[..., Particles | Estimate]
 
@@ -48,7 +51,9 @@ def log_evidence(
     target: float | None = None,
     seed: int = 0,
     memory: int = BUDGET,
+    compile: Compile = "auto",
     on_block: OnBlock | None = None,
+    team: Team = ALONE,
 ) -> Estimate:
     """log p(x) for each row, with its error.
 
@@ -63,7 +68,13 @@ def log_evidence(
         target: of the cascade, the standard error of a row to reach, in nats; None for 0.05.
         seed: of all draws.
         memory: byte budget.
-        on_block: called with what is at work, rows done and rows given after each block.
+        compile: whether the densities of draws go through graphs that are captured once and compiled, see
+            `pyro_vae.captured`: True from the first one on; "auto", with a method, once the rows that are left pay for it,
+            by what the first ones took; False never. Draws are the same in any case, results the same up to rounding. A
+            program that cannot be captured is evaluated as it is; True says so.
+        on_block: called with what is at work, rows done and rows given after each block; of a team each rank's own.
+        team: processes that share the blocks, see `pyro_vae.team.joined`: each is given the same arguments, and each
+            returns the estimate of all rows. Without it a process works alone, under `torchrun` as well.
 
     Returns:
         the estimate; that of discrete data knows its dimensions, for bits per dimension. Of a bare `Program`, a row
@@ -73,7 +84,10 @@ def log_evidence(
     Raises:
         ValueError: the program does not fit (see `check`), `x` is not usable, a `VAE` is given rows it cannot model.
         KeyboardInterrupt: before a block was finished.
+        Lost: another process of the team has ended.
     """
+    if compile not in ("auto", True, False):
+        raise ValueError(f"compile={compile!r} is none of 'auto', True and False.")
     rows = as_rows(x)
     positive(memory=memory)
     options = _options(method, num_particles, memory)
@@ -87,20 +101,27 @@ def log_evidence(
     report = on_block or (lambda *_: None)
     with judging(program.modules_found()):
         dimensions = discrete_dimensions(program, rows, index)
+        # The cascade spends its time on many other things than weights: there a compilation hardly pays for itself.
+        captured = CapturedProgram(program, False if method is None and compile == "auto" else compile, memory)
         if method is None:
-            estimate = _cascade(program, rows, index, estimate, aim, seed, memory, report)
+            estimate = _cascade(captured, rows, index, estimate, aim, seed, memory, report, Sharing(team))
         else:
             # Bad rows keep their place, filled with a good row's values, so that all others keep their random numbers.
             everything = torch.arange(len(good), device=good.device)
             filled = take(rows, torch.where(good, everything, index[0]))
-            done, _ = _finished(_one_method(program, filled, method, options, seed, report))
-            reached = index[index < len(done)]
-            estimate = estimate.put(reached, done.take(reached))
+            most = block_rows(options.get("num_particles", 1), program.log_joint(take(filled, slice(1))).dim)
+            parts, sharing = list(even_blocks(everything, most)), Sharing(team)
+            judged = captured if isinstance(getattr(method, "func", method), Engine) else program
+            reached, done, _ = sharing.finished(
+                _one_method(judged, captured, filled, parts, method, options, seed, report, sharing), parts
+            )
+            usable = good[reached].nonzero().flatten()
+            estimate = estimate.put(reached[usable], done.take(usable))
     return replace(estimate, dimensions=dimensions)
 
 
 def _cascade(
-    program: Program,
+    program: CapturedProgram,
     rows: Rows,
     left: Tensor,
     estimate: Estimate,
@@ -108,21 +129,31 @@ def _cascade(
     seed: int,
     memory: int,
     report: OnBlock,
+    sharing: Sharing,
 ) -> Estimate:
     """The rows at `left` put into `estimate`, level by level."""
     for number, level in enumerate(LEVELS):
+        parts = list(even_blocks(left, BLOCK_ROWS))
 
-        def blocks(number: int = number, level: Level = level, left: Tensor = left) -> Iterator[Estimate]:
-            done = 0
-            for block, index in enumerate(even_blocks(left, BLOCK_ROWS)):
+        def blocks(
+            number: int = number, level: Level = level, parts: list[Tensor] = parts
+        ) -> Iterator[tuple[int, Estimate]]:
+            mine = sharing.turns(len(parts))
+            done, given = 0, sum(len(parts[block]) for block in mine)
+            for block in mine:
                 key = derive(seed, number, block)
-                one = Block(level, program, take(rows, index), target, seed=key, memory=memory)
-                yield one.answer(last=number == len(LEVELS) - 1)
-                done += len(index)
-                report(level.engine.name, done, len(left))
+                one = Block(level, program, take(rows, parts[block]), target, seed=key, memory=memory)
+                yield block, one.answer(last=number == len(LEVELS) - 1)
+                done += len(parts[block])
+                program.reached(done, given)
+                report(level.engine.name, done, given)
 
-        part, interrupted = _finished(blocks(), at_least=estimate if number else None)
-        reached = left[: len(part)]
+        try:
+            reached, part, interrupted = sharing.finished(blocks(), parts)
+        except KeyboardInterrupt:
+            if number == 0:
+                raise
+            break
         before = estimate.evaluations[reached]
         estimate = estimate.put(reached, replace(part, evaluations=part.evaluations + before))
         left = left[~estimate.take(left).reliable]
@@ -132,38 +163,28 @@ def _cascade(
 
 
 def _one_method(
-    program: Program, rows: Rows, method: Method, options: dict[str, Any], seed: int, report: OnBlock
-) -> Iterator[Estimate]:
-    """Blocks of all rows by one method, the last one padded and cut again."""
-    count, done, size = len(rows[0]), 0, 0
-    most = block_rows(options.get("num_particles", 1), program.log_joint(take(rows, slice(1))).dim)
-    for block, index in enumerate(even_blocks(torch.arange(count, device=rows[0].device), most)):
-        size = max(size, len(index))
+    judged: Program,
+    captured: CapturedProgram,
+    rows: Rows,
+    parts: Sequence[Tensor],
+    method: Method,
+    options: dict[str, Any],
+    seed: int,
+    report: OnBlock,
+    sharing: Sharing,
+) -> Iterator[tuple[int, Estimate]]:
+    """This rank's blocks of all rows by one method, a short one padded and cut again."""
+    mine, size = sharing.turns(len(parts)), len(parts[0])
+    done, given = 0, sum(len(parts[block]) for block in mine)
+    for block in mine:
+        index = parts[block]
         padded = torch.cat([index, index[-1:].expand(size - len(index))])
-        result = method(program, take(rows, padded), seed=(derive(seed), block), **options)
+        result = method(judged, take(rows, padded), seed=(derive(seed), block), **options)
         estimate = Estimate.from_particles(result) if isinstance(result, Particles) else result
         done += len(index)
-        yield estimate.rows(len(index))
-        report(_name(method), done, count)
-
-
-def _finished(blocks: Iterator[Estimate], at_least: Estimate | None = None) -> tuple[Estimate, bool]:
-    """The blocks that were finished when Ctrl-C came, or all; and whether it came.
-
-    Raises:
-        KeyboardInterrupt: nothing was finished, and there is nothing from before, `at_least`.
-    """
-    parts: list[Estimate] = []
-    try:
-        for part in blocks:
-            parts.append(part)
-    except KeyboardInterrupt:
-        if parts:
-            return Estimate.cat(parts), True
-        if at_least is None:
-            raise
-        return at_least.rows(0), True
-    return Estimate.cat(parts), False
+        yield block, estimate.rows(len(index))
+        captured.reached(done, given)
+        report(_name(method), done, given)
 
 
 def _name(method: Method) -> str:

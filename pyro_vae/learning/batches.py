@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, default_collate
 
 from pyro_vae.rows import Data, Rows, as_rows, require_finite, take
 from pyro_vae.seeds import Seed, derive
+from pyro_vae.team import ALONE, Team
 
 WIDE = 2**23
 """Bytes of rows in a wide batch."""
@@ -95,9 +96,11 @@ class Batches:
         order = torch.randperm(self.num_rows, generator=generator)
         return order if self._rows is None else order.to(self._rows[0].device)
 
-    def at(self, order: Tensor, batch: int) -> Rows:
-        """Batch number `batch` of an epoch in the order `order`."""
-        return self._fetch(order[batch * self.batch_size : (batch + 1) * self.batch_size])
+    def at(self, order: Tensor, batch: int, team: Team = ALONE) -> Rows:
+        """Batch number `batch` of an epoch in the order `order`, or of it what is this rank's; that may be no rows."""
+        whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        index = whole[team.part(len(whole))]
+        return self._fetch(index) if len(index) else take(self.first(1), slice(0))
 
     def _fetch(self, index: Tensor) -> Rows:
         rows = take(self._rows, index.to(self._rows[0].device)) if self._rows is not None else self._collate(index)

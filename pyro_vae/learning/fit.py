@@ -2,13 +2,17 @@
 
 The way of a batch: `Batches` draws its rows by index, `Stepper` turns them into gradients, the optimiser moves the leaves
 where they are, `Training` keeps count, `History` keeps the figures, and a checkpoint keeps all of it.
+
+Under `torchrun` (or a launcher that sets the same variables) the processes of a job fit together: each takes its own part
+of every batch, gradients are those of the whole batch, and all end with the same parameters.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +22,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_vae.launch import Place
 from pyro_vae.learning.batches import Batches, Source, Transform
 from pyro_vae.learning.engine import Compile
 from pyro_vae.learning.history import History
 from pyro_vae.learning.objectives import ELBO
 from pyro_vae.learning.precision import Precision
+from pyro_vae.learning.state import State
 from pyro_vae.learning.training import Callback, Training
 from pyro_vae.program import Program
 from pyro_vae.rows import positive
 from pyro_vae.seeds import seeded
+from pyro_vae.team import Lost, Team, joined, standing
 
 
 def fit(
@@ -60,11 +67,12 @@ def fit(
         valid: rows whose true ELBO is reported after each epoch.
         objective: what is maximised: `objectives.ELBO()` (the default) or any Pyro ELBO object.
         epochs: passes over the rows in all.
-        batch_size: rows a step.
+        batch_size: rows a step, of all processes together.
         lr: learning rate of the default optimiser, Adam.
         seed: of initial values in `pyro.param`, order and noise. The same seed gives the same parameters, to the bit, on
             the same machine.
-        device: "auto" is CUDA where there is one; parameters and batches are moved there.
+        device: "auto" is CUDA where there is one; parameters and batches are moved there. "cuda" is the GPU of this
+            process's number on its machine.
         compile: whether whole batches go through a graph of the step that is captured once and compiled: True from the
             second step on, "auto" after 100 steps if at least 8,000 are left, False never. Where that cannot be done the
             fit goes on eagerly and says why, once. Draws are the same either way, losses up to rounding.
@@ -79,8 +87,10 @@ def fit(
         checkpoint: folder to save the run in after each epoch. The same call goes on from there; SIGINT and SIGTERM save
             before they end the run.
         log_dir: folder for TensorBoard scalars.
-        callbacks: called after each epoch as `callback(epoch, history)`; one that returns True stops the run.
-        progress: show a bar; None shows it on terminals and in notebooks that have ipywidgets.
+        callbacks: called after each epoch as `callback(epoch, history)`; one that returns True stops the run. Of several
+            processes each calls its own, and one vote stops all.
+        progress: show a bar; None shows it on terminals and in notebooks that have ipywidgets. Of several processes the
+            first alone shows it, and writes `checkpoint` and `log_dir`.
 
     Returns:
         the history; `history.elbo` is the true ELBO (beta = 1) of a mean row in nats, whatever the objective.
@@ -88,7 +98,7 @@ def fit(
     Raises:
         ValueError: unusable rows, arguments or program; a checkpoint of other settings.
         FloatingPointError: a loss that is not finite, with epoch, batch, site and ranges; the last good checkpoint stays.
-        OSError: the checkpoint cannot be written.
+        OSError: the checkpoint cannot be written; `pyro_vae.team.Lost`: another process of the job has ended.
     """
     positive(epochs=epochs, batch_size=batch_size)
     _require_sensible(lr, clip_norm, patience, valid)
@@ -96,46 +106,53 @@ def fit(
         raise ValueError(f"compile={compile!r} is none of 'auto', True and False.")
     place = _device(device)
     missing = bool(getattr(program, "missing", False))
-    batches = Batches(train, "train", batch_size, place, transform, missing=missing)
-    held_out = None if valid is None else Batches(valid, "valid", batch_size, place, transform, missing=missing)
-    if held_out is not None:
-        held_out.widen()
-    for module in program.modules_found().values():
-        module.to(place)
-    known = set(pyro.get_param_store().keys())
-    with seeded(seed, place):
-        _require_rows(program, batches, held_out)
-        program.check(batches.first(3))
-        leaves = program.trainable(batches.first(3))
-        if not leaves:
-            raise ValueError("The program has no parameter with a gradient: there is nothing to fit.")
-        for leaf in leaves.values():
-            leaf.data = leaf.data.to(place)
-        chosen = optimiser or functools.partial(torch.optim.Adam, lr=lr, fused=True)
-        made = chosen(list(leaves.values()))
-        if inspect.signature(made.step).parameters["closure"].default is inspect.Parameter.empty:
-            raise ValueError(
-                f"{type(made).__name__} needs a closure at each step: give an optimiser that does not, as Adam."
+    with _team(place, checkpoint) as team:
+        batches = Batches(train, "train", batch_size, place, transform, missing=missing)
+        held_out = None if valid is None else Batches(valid, "valid", batch_size, place, transform, missing=missing)
+        if held_out is not None:
+            held_out.widen()
+        for module in program.modules_found().values():
+            module.to(place)
+        known = set(pyro.get_param_store().keys())
+        with seeded(seed, place):
+            _require_rows(program, batches, held_out, team)
+            program.check(batches.first(3))
+            leaves = program.trainable(batches.first(3))
+            if not leaves:
+                raise ValueError("The program has no parameter with a gradient: there is nothing to fit.")
+            for leaf in leaves.values():
+                leaf.data = leaf.data.to(place)
+            chosen = optimiser or functools.partial(torch.optim.Adam, lr=lr, fused=True)
+            made = chosen(list(leaves.values()))
+            _require_no_closure(made)
+            training = Training(
+                state=State(program, leaves, made, None if schedule is None else schedule(made)),
+                batches=batches,
+                valid=held_out,
+                objective=objective if objective is not None else ELBO(),
+                seed=seed,
+                clip_norm=clip_norm,
+                patience=patience,
+                checkpoint=None if checkpoint is None else Path(checkpoint),
+                compile=compile,
+                precision=Precision(precision, place).name,
+                team=team,
             )
-        training = Training(
-            program=program,
-            leaves=leaves,
-            batches=batches,
-            valid=held_out,
-            objective=objective if objective is not None else ELBO(),
-            optimiser=made,
-            schedule=None if schedule is None else schedule(made),
-            seed=seed,
-            clip_norm=clip_norm,
-            patience=patience,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-            compile=compile,
-            precision=Precision(precision, place).name,
-        )
-        try:
-            return training.run(epochs, callbacks=callbacks, log_dir=log_dir, progress=progress)
-        finally:
-            _forget_modules(program, known)
+            try:
+                return training.run(epochs, callbacks=callbacks, log_dir=log_dir, progress=progress)
+            finally:
+                _forget_modules(program, known)
+
+
+@contextmanager
+def _team(device: torch.device, checkpoint: str | Path | None) -> Iterator[Team]:
+    """The ranks that fit together; where one is lost the others say how to go on."""
+    try:
+        with joined(device) as team:
+            yield team
+    except Lost as error:
+        mend = "and without checkpoint= it begins anew." if checkpoint is None else f"goes on from {checkpoint}."
+        raise Lost(f"{error} The same command {mend}") from error
 
 
 def _forget_modules(program: Program, known: set[str]) -> None:
@@ -145,6 +162,13 @@ def _forget_modules(program: Program, known: set[str]) -> None:
     for name in set(store.keys()) - known:
         if id(store[name]) in held:
             del store[name]
+
+
+def _require_no_closure(optimiser: Optimizer) -> None:
+    if inspect.signature(optimiser.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimiser).__name__} needs a closure at each step: give an optimiser that does not, as Adam."
+        )
 
 
 def _require_sensible(lr: float, clip_norm: float | None, patience: int | None, valid: object) -> None:
@@ -159,10 +183,13 @@ def _require_sensible(lr: float, clip_norm: float | None, patience: int | None, 
 
 
 def _device(device: str | torch.device) -> torch.device:
+    """The device of that name; where a machine has several ranks, each takes the GPU of its number there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
+        if place.type == "cuda" and place.index is None and standing().size > 1:
+            place = _own_gpu(standing())
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={str(device)!r} cannot be used here: give 'cpu' or 'auto'.") from error
@@ -171,8 +198,21 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _require_rows(program: Program, train: Batches, valid: Batches | None) -> None:
-    """Rows of both sets have the same shapes, and the program takes them."""
+def _own_gpu(here: Place) -> torch.device:
+    """The GPU of a rank among those of its machine."""
+    if here.local >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"Process {here.local} of this machine finds {count} GPUs, one for each process and none for itself: start "
+            "fewer processes on a machine, or give device='cpu'."
+        )
+    return torch.device("cuda", here.local)
+
+
+def _require_rows(program: Program, train: Batches, valid: Batches | None, team: Team) -> None:
+    """Rows of both sets have the same shapes, there are some for every rank, and the program takes them."""
+    for count, what in ((train.batch_size, "a batch has"), (train.num_rows, "train has")):
+        if count < team.size:
+            raise ValueError(f"{what.capitalize()} {count} rows, fewer than the {team.size} ranks: start fewer.")
     if valid is not None:
         shapes = [tuple(tuple(part.shape[1:]) for part in batches.first(1)) for batches in (train, valid)]
         if shapes[0] != shapes[1]:

@@ -10,6 +10,7 @@ from pyro_vae.learning.precision import Precision
 from pyro_vae.parameters import evaluating
 from pyro_vae.program import Program
 from pyro_vae.seeds import Seed, seeded
+from pyro_vae.team import ALONE, Team
 
 VALID, KL = 1, 3
 """Sub-streams of a fit's random numbers; `training` has the others."""
@@ -18,15 +19,19 @@ SOME = 1024
 """Rows that the end of a fit looks at."""
 
 
-def true_elbo(program: Program, valid: Batches, seed: Seed) -> float:
-    """The ELBO (beta = 1) of a mean row of `valid`, in nats."""
+def true_elbo(program: Program, valid: Batches, seed: Seed, team: Team = ALONE) -> float:
+    """The ELBO (beta = 1) of a mean row of `valid`, in nats.
+
+    Each rank of a team judges whole batches, whose noise is keyed by their numbers, so that a team finds what one process
+    finds, up to the rounding of the sum.
+    """
     elbo, order = ELBO(), torch.arange(valid.num_rows)
     total = torch.zeros((), dtype=torch.float64, device=valid.device)
     with torch.no_grad(), evaluating(program.modules_found()):
-        for number in range(valid.num_batches):
+        for number in team.turns(valid.num_batches):
             with seeded(seed, valid.device, VALID, number):
                 total += elbo.rows(program.model, program.guide, *valid.at(order, number)).double().sum()
-    return total.item() / valid.num_rows
+    return team.add(total).item() / valid.num_rows
 
 
 def mean_kl(program: Program, batches: Batches, seed: Seed) -> float:

@@ -11,10 +11,10 @@ from pyro_vae.evidence.cascade import LEVELS
 from pyro_vae.posterior.engine import Engine
 
 
-def on_stderr() -> Progress:
-    """Bars on stderr, none where that is no terminal."""
+def on_stderr(*, show: bool = True) -> Progress:
+    """Bars on stderr; none unless `show`, nor where that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    return Progress(*columns, console=Console(stderr=True), disable=not (show and sys.stderr.isatty()))
 
 
 class Bars:

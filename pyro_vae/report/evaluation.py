@@ -6,12 +6,17 @@
     evidence_sandwich.png       both bounds of the first rows
 
 Ctrl-C ends the work and keeps what is finished.
+
+The ranks of a team share the rows. Then rank 0 bounds, writes and draws, and the last rank computes the curves of
+convergence meanwhile.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +34,11 @@ from pyro_vae.posterior.engine import Engine
 from pyro_vae.program import Program
 from pyro_vae.report import growth, plots
 from pyro_vae.report.bars import Bars
-from pyro_vae.report.interrupts import watched
+from pyro_vae.report.interrupts import Watch, watched
 from pyro_vae.report.plots.figure import looks
 from pyro_vae.report.tables import text_of
 from pyro_vae.seeds import derive
+from pyro_vae.team import ALONE, Team, held
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,7 +189,14 @@ class Evaluation:
 
 
 def run(
-    program: Program, x: Tensor, asked: Asked, folder: Path, *, figures: bool = True, progress: Progress | None = None
+    program: Program,
+    x: Tensor,
+    asked: Asked,
+    folder: Path,
+    *,
+    figures: bool = True,
+    progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Estimate, bound, write evidence.csv, draw.
 
@@ -194,12 +207,14 @@ def run(
         folder: where the files go; the figures of an earlier evaluation are removed from it.
         figures: whether to draw.
         progress: shows bars, one for each engine at work; None for none.
+        team: processes that share the work, all given the same arguments.
 
     Returns:
-        what was found, after Ctrl-C what was finished by then.
+        what was found, after Ctrl-C what was finished by then; without bounds and figures on other ranks than 0.
 
     Raises:
         KeyboardInterrupt: nothing was finished; no file was touched.
+        Lost: another rank has ended.
     """
     method = None if asked.method == CASCADE else METHODS[asked.method]
     bars, box, drawn = Bars(progress or Progress(disable=True), asked.method if method else None, len(x)), None, []
@@ -212,8 +227,16 @@ def run(
             target=asked.target,
             seed=asked.seed,
             on_block=bars.on_block,
+            team=team,
         )
         bars.close(filled=False)
+        watch.came = _anywhere(watch, team)
+        curves = functools.partial(_curves, program, x, asked)
+        shared = team.size > 1 and figures and asked.method != "exact" and not watch.came
+        if not team.leads:
+            if shared:
+                _from_last(curves, watch, team)
+            return Evaluation(asked, estimate, None, watch.came)
         with watch.kept():
             if asked.bounded and not watch.came:
                 some = x[: asked.bounded]
@@ -222,10 +245,11 @@ def run(
                 bars.close()
         found = Evaluation(asked, estimate, box, watch.came)
         _write(found, folder)
+        received = _from_last(curves, watch, team) if shared else None
         with watch.kept():
             if figures and not watch.came:
                 bars.begin("figures", None)
-                for name in _draw(program, x, found, folder):
+                for name in _draw(found, folder, (lambda: received) if shared else curves):
                     drawn.append(name)
                 bars.close()
     return Evaluation(asked, estimate, box, watch.came, tuple(drawn))
@@ -253,7 +277,41 @@ def _write(found: Evaluation, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _draw(program: Program, x: Tensor, found: Evaluation, folder: Path) -> Iterator[str]:
+def _anywhere(watch: Watch, team: Team) -> bool:
+    """Whether Ctrl-C came to any rank."""
+    came = torch.tensor([float(watch.came)])
+    with watch.kept(), held():
+        team.add(came)
+    return watch.came or bool(came)
+
+
+def _curves(program: Program, x: Tensor, asked: Asked) -> growth.Convergence:
+    """How the estimate of the first rows grows with the number of particles."""
+    return growth.convergence(program, x[:DRAWN], seed=derive(asked.seed, GROWTH), **_compared(asked))
+
+
+def _from_last(curves: Callable[[], growth.Convergence], watch: Watch, team: Team) -> growth.Convergence | None:
+    """The curves, computed by the last rank while rank 0 was busy; None if Ctrl-C came there."""
+    content = b""
+    with watch.kept():
+        if team.rank == team.size - 1:
+            found = curves()
+            lists = {name: [column.tolist() for column in curve] for name, curve in found.curves.items()}
+            content = json.dumps({"curves": lists, "num_rows": found.num_rows}).encode()
+    everyone = [b""]
+    with watch.kept(), held():
+        everyone = team.gather(content)
+    if not everyone[-1]:
+        return None
+    told = json.loads(everyone[-1])
+    made = {
+        name: growth.Curve(torch.tensor(k), *(torch.tensor(values, dtype=torch.float64) for values in rest))
+        for name, (k, *rest) in told["curves"].items()
+    }
+    return growth.Convergence(made, told["num_rows"])
+
+
+def _draw(found: Evaluation, folder: Path, curves: Callable[[], growth.Convergence | None]) -> Iterator[str]:
     """The figures that there is something to draw for, and the name of each once it is there."""
     asked, estimate, box = found.asked, found.estimate, found.box
     if bool(estimate.pareto_k.isfinite().any()):
@@ -262,11 +320,10 @@ def _draw(program: Program, x: Tensor, found: Evaluation, folder: Path) -> Itera
     if box is not None and bool(box.width.isfinite().any()):
         plots.save(plots.sandwich(box), folder / SANDWICH)
         yield SANDWICH
-    if asked.method != "exact":
-        curves = growth.convergence(program, x[:DRAWN], seed=derive(asked.seed, GROWTH), **_compared(asked))
+    if asked.method != "exact" and (found_curves := curves()) is not None:
         # The mean of one method is no truth to hold that method against.
         truth = estimate.rows(DRAWN) if asked.method == CASCADE else None
-        plots.save(plots.convergence(curves, truth=truth), folder / CONVERGENCE)
+        plots.save(plots.convergence(found_curves, truth=truth), folder / CONVERGENCE)
         yield CONVERGENCE
 
 

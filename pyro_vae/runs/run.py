@@ -54,8 +54,14 @@ class Run:
     about: About
 
     @classmethod
-    def begin(cls, folder: Path, arguments: Arguments, data: Data) -> Run:
+    def begin(cls, folder: Path, arguments: Arguments, data: Data, *, write: bool = True) -> Run:
         """A new run on `data` in `folder`, or the same one again.
+
+        Args:
+            folder: of the run.
+            arguments: what was asked for.
+            data: as loaded.
+            write: whether to write the record of a new run; of several processes one does.
 
         Raises:
             ValueError: the folder holds a run with other arguments or of other data; says which.
@@ -68,7 +74,7 @@ class Run:
             if differ := arguments.differences(then.arguments):
                 raise ValueError(f"{folder} holds another run: {'; '.join(differ)}. Give another --out.")
             then._require_same(run.about)
-        else:
+        elif write:
             kept = {"arguments": asdict(arguments), "data": asdict(run.about)}
             write_bytes(record, json.dumps(kept, indent=2).encode())
         return run
