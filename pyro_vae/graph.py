@@ -17,13 +17,18 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyro_vae.threads import SMALL, one_thread, operations
 
 TensorFunction = Callable[..., Sequence[Tensor]]
 """Tensors -> a sequence of tensors."""
@@ -35,12 +40,16 @@ class CannotCapture(Exception):
     """A function cannot become a graph; the message says why, as the end of a sentence."""
 
 
+class _Unseen(Exception):
+    """A number that a graph would keep for good; the message says which, as `CannotCapture`'s."""
+
+
 class Graph:
     """A function of tensors, captured for the shapes of `examples` and compiled.
 
     Args:
-        function: tensors -> a sequence of tensors. It is run once, in the ambient random state, and may change tensors in
-            place: the caller restores both.
+        function: tensors -> a sequence of tensors. It is run once, in the ambient random state, which the caller restores;
+            what it changes in place has its values again.
         examples: arguments of the shapes, dtypes and devices that later calls have.
         compiled: hand the graph to TorchInductor; else it is run operation by operation, for tests.
 
@@ -53,9 +62,11 @@ class Graph:
 
     def __init__(self, function: TensorFunction, examples: Sequence[Tensor], *, compiled: bool = True) -> None:
         graph = _trace(function, examples)
+        self._small = operations(graph) < SMALL and not any(each.is_cuda for each in examples)
         self.held = _lift(graph)
         self.refresh()
-        self._run = _compile(graph, [*examples, *self._inputs]) if compiled else graph
+        with one_thread(active=self._small):
+            self._run = _compile(graph, [*examples, *self._inputs], len(self.held)) if compiled else graph
 
     def refresh(self) -> None:
         """Look again at the tensors that the graph holds: needed when their `.data` was exchanged."""
@@ -63,7 +74,8 @@ class Graph:
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
         """The function's results for arguments of the captured shapes; no gradients flow out of a graph."""
-        return self._run(*arguments, *self._inputs)
+        with one_thread(active=self._small):
+            return self._run(*arguments, *self._inputs)
 
 
 def restored(tensors: Iterable[Tensor]) -> Restored:
@@ -86,13 +98,89 @@ class Restored:
                 tensor.copy_(value)
 
 
+class Untouched(TorchDispatchMode):
+    """A context in which Python may change tensors in place; on leaving they have their values again, whoever owns them.
+
+    It sees operations that say what they change: not BatchNorm's, and none of a compiled graph; for these see `restored`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Keep the values of what `func` is about to change."""
+        if func._schema.is_mutable:
+            self._keep(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        given = {**dict(zip((each.name for each in func._schema.arguments), args, strict=False)), **kwargs}
+        written = [each.name for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+        known = {id(tensor) for tensor, _ in self._saved}
+        with disable_proxy_modes_tracing(), torch.no_grad():
+            for tensor in tree_leaves([given.get(name) for name in written]):
+                if isinstance(tensor, Tensor) and id(tensor) not in known:
+                    self._saved.append((tensor, tensor.detach().clone()))
+
+    def __exit__(self, *error: Any) -> None:
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        super().__exit__(*error)
+        with disable_proxy_modes_tracing(), torch.no_grad():
+            for tensor, value in reversed(self._saved):  # views of one another: the oldest value last
+                tensor.detach().copy_(value)
+
+
+class _Static(TorchDispatchMode):
+    """Refuses what a graph would keep though it may change: numbers, and shapes that depend on numbers, out of tensors.
+
+    `make_fx` itself lets them pass where they come straight from a parameter or a buffer. Literals are free.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._literals = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Run `func`, or raise `_Unseen`."""
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        literal = bool(given) and all(tensor in self._literals for tensor in given)
+        if not literal and torch.Tag.data_dependent_output in func.tags:
+            raise _Unseen("it asks for the value of a tensor, as .item(), float() or `if` do")
+        if not literal and torch.Tag.dynamic_output_shape in func.tags and not self._by_number(func, args):
+            raise _Unseen("the shape of a result depends on values, as with x[mask] or nonzero()")
+        result = func(*args, **(kwargs or {}))
+        made = func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                if made or (literal and torch.Tag.nondeterministic_seeded not in func.tags):
+                    self._literals[tensor] = True
+                else:
+                    self._literals.pop(tensor, None)
+        return result
+
+    def _by_number(self, func: Any, args: Sequence[Any]) -> bool:
+        """Whether it is an indexing by whole numbers, whose shape is that of the numbers, or by a literal mask."""
+        if func is not torch.ops.aten.index.Tensor:
+            return False
+        masks = [each for each in args[1] if isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8)]
+        return all(mask in self._literals for mask in masks)
+
+
 def _trace(function: TensorFunction, examples: Sequence[Tensor]) -> fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
+
+    def watched(*arguments: Tensor) -> Sequence[Tensor]:
+        with Untouched(), _Static():
+            return function(*arguments)
 
     # Validation of arguments asks for truth values; the backward pass must run where the tracer looks.
     with pyro.validation_enabled(is_validate=False), torch.autograd.set_multithreading_enabled(False):
         try:
-            return make_fx(function)(*examples)
+            return make_fx(watched)(*examples)
         except CannotCapture:
             raise
         except Exception as error:  # whatever a user's program or torch's tracer raises: there is always the eager way
@@ -103,6 +191,8 @@ def _why(error: Exception) -> str:
     met = traceback.extract_tb(error.__traceback__)
     frames = [f for f in met if not f.filename.startswith((*_LIBRARIES, "<"))]
     where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    if isinstance(error, _Unseen):
+        return f"{error}{where}"
     if "get value out of a tracing tensor" in str(error) or "data-dependent" in str(error).lower():
         return f"it asks for the value of a tensor, as .item(), float() or `if` do{where}"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
@@ -115,7 +205,12 @@ def _lift(graph: fx.GraphModule) -> list[Tensor]:
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
         tensor = getattr(graph, str(node.target))
+        if not isinstance(tensor, Tensor):
+            own = "draws from a torch.Generator of its own" if isinstance(tensor, torch.Generator) else "needs an object"
+            raise CannotCapture(f"it {own}, which a graph cannot")
         if all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users):
+            if not any(user.users for user in node.users):
+                _erase(graph, node)  # pyro.plate leaves such, on the CPU whatever the device
             continue
         if id(tensor) not in held:
             with graph.graph.inserting_after(last):
@@ -131,8 +226,24 @@ def _lift(graph: fx.GraphModule) -> list[Tensor]:
     return [tensor for tensor, _ in held.values()]
 
 
-def _compile(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    import torch._inductor
+def _erase(graph: fx.GraphModule, literal: fx.Node) -> None:
+    for node in [*literal.users, literal]:
+        graph.graph.erase_node(node)
+    if not any(node.target == literal.target for node in graph.graph.nodes if node.op == "get_attr"):
+        delattr(graph, str(literal.target))
+
+
+def _compile(graph: fx.GraphModule, examples: list[Tensor], num_held: int) -> Callable[..., Sequence[Tensor]]:
+    """The graph by TorchInductor; the last `num_held` of its inputs are where the examples are, at each call."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    constants = len(list(graph.buffers()))  # literals, which become inputs before the others
+
+    def inner(inner_graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        # A graph that changes its inputs becomes a CUDA graph only if they stay where they are.
+        if len(inputs) == constants + len(examples):  # else some share memory, and torch has arranged them otherwise
+            settings["static_input_idxs"] = [*range(constants), *range(len(inputs) - num_held, len(inputs))]
+        return compile_fx_inner(inner_graph, inputs, **settings)
 
     on_cuda = any(example.is_cuda for example in examples)
     # Draws as torch makes them, so that a graph repeats its function. Shapes are checked once, at the capture.
@@ -140,8 +251,7 @@ def _compile(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Seq
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Inductor speaks to its developers
-            run = torch._inductor.compile(graph, list(examples), options=options)
-            assert callable(run)
+            run: Any = compile_fx(graph, list(examples), inner_compile=inner, config_patches=options)
             with restored(examples), torch.random.fork_rng(devices=_cuda_of(examples)):
                 run(*examples)  # Inductor is lazy: the first call compiles
             return run

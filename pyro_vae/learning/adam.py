@@ -23,7 +23,7 @@ def serves(optimiser: Optimizer, used: Sequence[Tensor]) -> bool:
         return False
     unusual = ("amsgrad", "maximize", "differentiable")
     hooks = (*optimiser._optimizer_step_pre_hooks.values(), *optimiser._optimizer_step_post_hooks.values())
-    steps = [optimiser.state[leaf].get("step") for leaf in used]
+    steps = [optimiser.state.get(leaf, {}).get("step") for leaf in used]  # asking must not make an entry
     if any(step is None or step.device != leaf.device for step, leaf in zip(steps, used, strict=True)):
         return False
     ages = {int(step) for step in steps}
@@ -43,6 +43,9 @@ class GraphAdam:
         self._optimiser, self._used = optimiser, list(used)
         place = {id(leaf): number for number, group in enumerate(optimiser.param_groups) for leaf in group["params"]}
         self._groups = [place[id(leaf)] for leaf in used]
+        self._decays = _decays(optimiser)
+        adam_w = isinstance(optimiser, AdamW)
+        self._decoupled = [bool(group.get("decoupled_weight_decay", adam_w)) for group in optimiser.param_groups]
         self.refresh()
 
     def refresh(self) -> None:
@@ -52,6 +55,13 @@ class GraphAdam:
         self.squares: list[Tensor] = [state["exp_avg_sq"] for state in states]
         self.steps: list[Tensor] = [state["step"] for state in states]
         self._taken = int(self.steps[0])
+        # What a learning-rate schedule looks for before it warns that no step was taken.
+        self._optimiser._opt_called = True  # type: ignore[attr-defined]
+
+    @property
+    def stale(self) -> bool:
+        """Whether a captured update is no longer that of the optimiser: a weight decay that was zero is zero no more."""
+        return _decays(self._optimiser) != self._decays
 
     @property
     def state(self) -> list[Tensor]:
@@ -78,18 +88,21 @@ class GraphAdam:
         if clip_norm is not None:
             gradients = clipped(gradients, clip_norm)
         table = [dict(zip(_NUMBERS, row, strict=True)) for row in numbers.reshape(-1, len(_NUMBERS)).unbind()]
-        for group, by in zip(self._optimiser.param_groups, table, strict=True):
-            if group["weight_decay"] == 0:
+        for decays, by in zip(self._decays, table, strict=True):
+            if not decays:
                 del by["weight_decay"]  # else it costs one more pass over the parameters
-        decoupled = isinstance(self._optimiser, AdamW) or self._optimiser.defaults.get("decoupled_weight_decay", False)
         for leaf, mean, square, gradient, group in zip(
             self._used, self.means, self.squares, gradients, self._groups, strict=True
         ):
-            moved = _moved(leaf, mean, square, gradient, table[group], decoupled=decoupled)
+            moved = _moved(leaf, mean, square, gradient, table[group], decoupled=self._decoupled[group])
             for old, new in zip((leaf, mean, square), moved, strict=True):
                 old.copy_(torch.where(healthy, new, old))
         for step in self.steps:
             step.add_(healthy)
+
+
+def _decays(optimiser: Optimizer) -> list[bool]:
+    return [group["weight_decay"] != 0 for group in optimiser.param_groups]
 
 
 def clipped(gradients: Sequence[Tensor], clip_norm: float) -> list[Tensor]:

@@ -12,26 +12,31 @@ to a graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import pyro.infer
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_vae.graph import CannotCapture, Graph, restored
+from pyro_vae.graph import CannotCapture, Graph, Untouched, restored
 from pyro_vae.learning.adam import GraphAdam, serves
-from pyro_vae.learning.objectives import ELBO, Objective, analytic_kl, sampled_kl
+from pyro_vae.learning.objectives import ELBO, Objective, analytic_kl, sampled_kl, sites_of
 from pyro_vae.learning.steps import Stepper
 from pyro_vae.learning.updates import Spent, Tally, Update
-from pyro_vae.rows import Rows
-from pyro_vae.seeds import kept, seeded
+from pyro_vae.program import Program
+from pyro_vae.rows import Rows, take
+from pyro_vae.seeds import seeded
 
-LOSS_TOLERANCE = 1e-4
-"""Deviation of a captured loss from the eager one that rounding explains, relative."""
+NOISE = 1e-5
+"""Deviation of a captured gradient that rounding explains, relative to the norm of all gradients together: some parameters
+have a gradient of zero in truth, a bias before BatchNorm for one, and then nothing but rounding is there to compare."""
 
-GRADIENT_TOLERANCE = 1e-2
-"""Deviation of a captured gradient that rounding explains, relative to the norm of that parameter's gradient."""
+CAPTURED, CHECKED = 0, 1
+"""Seeds of the draws at the capture, and of those that it is checked with."""
 
 INTERVAL = 50
 """Steps between two looks at the loss on a device that should not wait for the host."""
@@ -56,26 +61,54 @@ class CapturedStep:
 
     def __init__(self, stepper: Stepper, update: Update, rows: Rows, steps_taken: int, *, compiled: bool = True) -> None:
         self._stepper, self._update, self._count = stepper, update, len(rows[0])
-        self._objective = capturable(stepper.objective)
+        self._objective, self._runs = capturable(stepper.objective)
         self._names = list(self._objective.schedules())
+        self._replaced: list[str] = []
         self.tally = Tally(rows[0].device)
         self._adam: GraphAdam | None = None
         self.interval = 1 if rows[0].device.type == "cpu" else INTERVAL
-        try:
-            with restored(self._buffers()), kept(rows[0].device):
-                gradients = self._eager(rows, steps_taken)[2]
-        except (ValueError, RuntimeError) as error:
-            raise CannotCapture(f"the eager step failed ({' '.join(str(error).split())[:200]})") from error
-        self._used = [leaf for leaf, gradient in zip(stepper.leaves, gradients, strict=True) if gradient is not None]
-        if update.alone and serves(update.optimiser, self._used):
-            self._adam = GraphAdam(update.optimiser, self._used)
-        with restored(self._changed()), seeded(0, rows[0].device):
-            self._graph = Graph(self._step, (self._numbers(steps_taken), *rows), compiled=compiled)
-        if wrong := self.agrees(rows, steps_taken):
+        if any(leaf._post_accumulate_grad_hooks for leaf in stepper.leaves):
+            raise CannotCapture("a parameter has a hook for when its gradient is accumulated, which a graph does not do")
+        with _draws_kept():
+            gradients = self._first(rows, steps_taken)
+            self._used = [leaf for leaf, gradient in zip(stepper.leaves, gradients, strict=True) if gradient is not None]
+            if update.alone and serves(update.optimiser, self._used):
+                self._adam = GraphAdam(update.optimiser, self._used)
+            with self._kept(rows[0].device, CAPTURED), stepper.precision.running():
+                self._graph = Graph(self._step, (self._numbers(steps_taken), *rows), compiled=compiled)
+            wrong = self.agrees(rows, steps_taken)
+        if self._replaced:
+            name = self._replaced[0]
+            raise CannotCapture(f"a step puts another tensor in the place of the buffer {name!r}: use {name}.copy_(...)")
+        if wrong:
             raise CannotCapture(wrong)
+
+    def _first(self, rows: Rows, steps_taken: int) -> Sequence[Tensor | None]:
+        """Gradients of an eager step: which parameters get one. What objectives find out once, they find out here."""
+        program, objective = self._stepper.program, self._stepper.objective
+        with self._kept(rows[0].device, CAPTURED), Untouched():
+            try:
+                gradients = self._eager(rows, steps_taken)[2]
+                if objective is self._objective:
+                    return gradients
+                q = sites_of(program.model, program.guide, rows, {}).q
+                if not all(site.distribution.has_rsample for site in q.values()):
+                    raise CannotCapture(
+                        f"{type(objective).__name__} takes the score-function gradient of some latents, which only "
+                        "objectives.ScoreFunction() does in a graph"
+                    )
+                self._differentiated(rows)
+            except CannotCapture:
+                raise
+            except Exception as error:  # whatever a user's program raises: there is the eager way, or that raises it again
+                raise CannotCapture(f"the eager step failed ({_one_line(error)})") from error
+        return gradients
 
     def take(self, rows: Rows, steps_taken: int) -> None:
         """One step: parameters and optimiser move, loss and ELBO are counted."""
+        if self._adam is None:
+            for leaf in self._used:
+                leaf.grad = None  # a CUDA graph puts the new gradient where the last one was, which no one may hold then
         with self._stepper.precision.running():
             found = self._graph(self._numbers(steps_taken), *rows)
         if self._adam is not None:
@@ -99,33 +132,65 @@ class CapturedStep:
             self._adam.refresh()
         self._graph.refresh()
 
+    @property
+    def stale(self) -> bool:
+        """Whether it is known, without a comparison, that the step must be captured anew."""
+        return self._adam is not None and self._adam.stale
+
     def agrees(self, rows: Rows, steps_taken: int) -> str | None:
-        """Compare with the eager step on `rows`, both from the same state and random numbers; why not, None if it does."""
-        with restored(self._changed()), seeded(0, rows[0].device):
+        """Compare with an eager step, both from the same state and random numbers; why not, None if it does.
+
+        Each of the first half of `rows` comes twice, and the draws are others than at the capture: else what Python took
+        from these (`x.numpy()`) would be the same by chance.
+        """
+        if self.stale:
+            return "a weight decay has come in since the step was captured"
+        index = torch.arange(self._count, device=rows[0].device) // 2
+        try:
+            with _draws_kept():
+                return self._difference(take(rows, index), steps_taken)
+        except Exception as error:  # as in the constructor
+            return f"a step of it failed ({_one_line(error)})"
+
+    def _difference(self, rows: Rows, steps_taken: int) -> str | None:
+        with self._kept(rows[0].device, CHECKED), Untouched():
             loss, elbo, expected = self._eager(rows, steps_taken)
+            whole = [gradient for gradient in expected if gradient is not None]
+            if [
+                leaf for leaf, gradient in zip(self._stepper.leaves, expected, strict=True) if gradient is not None
+            ] != self._used:
+                return "other parameters get a gradient now than when the step was captured"
             if self._adam is not None:
-                expected = self._moments(expected, steps_taken)
-        with restored(self._changed()), seeded(0, rows[0].device):
+                whole = self._moments(whole, steps_taken)
+        with restored(self._graph.held), seeded(CHECKED, rows[0].device):
+            if self._adam is not None:
+                torch._foreach_zero_(self._adam.means)
             with self._stepper.precision.running():
                 found = self._graph(self._numbers(steps_taken), *rows)
-            values, gradients = (found[:2], found[2:]) if self._adam is None else (found, self._adam.means)
-            self.tally.values.zero_()
-            told = zip(("loss", "ELBO"), values, (loss, elbo), strict=True)
-            for name, value, should in told:
-                if not bool(torch.isclose(value, should.to(value.dtype), rtol=LOSS_TOLERANCE, atol=LOSS_TOLERANCE)):
-                    return f"the captured step has {name} {float(value):.6g}, the eager one {float(should):.6g}"
-            for leaf, gradient, should in zip(self._used, gradients, [g for g in expected if g is not None], strict=True):
-                if float((gradient - should).norm()) > GRADIENT_TOLERANCE * float(should.norm()) + 1e-7:
-                    return f"the captured gradient of a parameter of shape {tuple(leaf.shape)} differs from the eager one"
+            gradients = found[2:] if self._adam is None else self._adam.means
+            return self._told(found[:2], (loss, elbo)) or self._compared(gradients, whole)
+
+    def _told(self, found: Sequence[Tensor], expected: Sequence[Tensor | None]) -> str | None:
+        tolerance = self._stepper.precision.rounding
+        for name, value, should in zip(("loss", "ELBO"), found, expected, strict=True):
+            if should is not None and not torch.allclose(value, should.to(value.dtype), rtol=tolerance, atol=tolerance):
+                return f"the captured step has {name} {float(value):.6g}, the eager one {float(should):.6g}"
         return None
 
-    def _moments(self, gradients: Sequence[Tensor | None], steps_taken: int) -> list[Tensor]:
-        """First moments after an eager step of Adam: linear in the gradients, where the parameters' steps are not."""
+    def _compared(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+        tolerance, noise = 100.0 * self._stepper.precision.rounding, NOISE * float(_norm(expected))
+        for leaf, gradient, should in zip(self._used, found, expected, strict=True):
+            if not float(_norm([gradient - should])) <= tolerance * float(_norm([should])) + noise:
+                return f"the captured gradient of a parameter of shape {tuple(leaf.shape)} differs from the eager one"
+        return None
+
+    def _moments(self, gradients: Sequence[Tensor], steps_taken: int) -> list[Tensor]:
+        """First moments that were zero, after an eager step of Adam: linear in the gradients, as the step itself is not."""
         assert self._adam is not None
         numbers = self._numbers(steps_taken)[len(self._names) :]
         with torch.no_grad():
-            whole = [gradient for gradient in gradients if gradient is not None]
-            self._adam.update(whole, numbers, torch.ones_like(numbers[0], dtype=torch.bool), self._update.clip_norm)
+            torch._foreach_zero_(self._adam.means)
+            self._adam.update(gradients, numbers, torch.ones_like(numbers[0], dtype=torch.bool), self._update.clip_norm)
         return [mean.clone() for mean in self._adam.means]
 
     def _numbers(self, steps_taken: int) -> Tensor:
@@ -136,17 +201,29 @@ class CapturedStep:
             numbers += self._adam.numbers()
         return torch.tensor(numbers or [0.0], dtype=torch.float64).to(self.tally.values.device, non_blocking=True)
 
-    def _eager(self, rows: Rows, steps_taken: int) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
-        """Loss, ELBO and gradients of a mean row; `.grad` is left alone."""
+    def _eager(self, rows: Rows, steps_taken: int) -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]]:
+        """Loss and gradients of a mean row by the objective that the run was given; its ELBO too if it is one of ours."""
+        theirs, program = self._stepper.objective, self._stepper.program
         self._objective.steps_taken = steps_taken
-        return self._differentiated(rows)
+        if theirs is self._objective:
+            return self._differentiated(rows)
+        with self._stepper.precision.writing():
+            loss = theirs.differentiable_loss(program.model, program.guide, *rows) / self._count
+        return loss.detach(), None, self._gradients(loss)
 
     def _differentiated(self, rows: Rows) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
         program = self._stepper.program
         with self._stepper.precision.writing():
-            total, elbo = self._objective.loss_and_elbo(program.model, program.guide, *rows)
+            runs = [self._objective.loss_and_elbo(program.model, program.guide, *rows) for _ in range(self._runs)]
+        total, elbo = (torch.stack(parts).sum() / self._runs for parts in zip(*runs, strict=True))
         loss = total / self._count
-        return loss.detach(), elbo.detach(), torch.autograd.grad(loss, self._stepper.leaves, allow_unused=True)
+        return loss.detach(), elbo.detach(), self._gradients(loss)
+
+    def _gradients(self, loss: Tensor) -> list[Tensor | None]:
+        """One for each leaf; `.grad` is left alone."""
+        wanted = [leaf for leaf in self._stepper.leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+        return [next(found) if leaf.requires_grad else None for leaf in self._stepper.leaves]
 
     def _step(self, numbers: Tensor, *rows: Tensor) -> Sequence[Tensor]:
         """What is captured."""
@@ -161,27 +238,63 @@ class CapturedStep:
             self._adam.update(whole, numbers[len(self._names) :], healthy, self._update.clip_norm)
         return loss, elbo
 
-    def _changed(self) -> list[Tensor]:
-        """Everything that a step changes in place."""
-        state = [] if self._adam is None else self._adam.state
-        return [*self._buffers(), *state, self.tally.values]
+    @contextmanager
+    def _kept(self, device: torch.device, seed: int) -> Iterator[None]:
+        """What Python does in here leaves no trace in torch's generators and in buffers; replaced ones are noted."""
+        modules = dict(_modules(self._stepper.program))
+        buffers = {at: dict(module._buffers) for at, module in modules.items()}
+        tensors = [tensor for each in buffers.values() for tensor in each.values() if tensor is not None]
+        try:
+            with restored(tensors), seeded(seed, device), warnings.catch_warnings():
+                if self._stepper.objective is not self._objective:  # what stands in would say again what was said
+                    warnings.simplefilter("ignore")
+                yield
+        finally:
+            for at, module in modules.items():
+                for name, tensor in buffers[at].items():
+                    if module._buffers.get(name) is not tensor:
+                        self._replaced.append(f"{at}.{name}")
+                        module._buffers[name] = tensor
 
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for module in self._stepper.program.modules_found().values() for buffer in module.buffers()]
+
+@contextmanager
+def _draws_kept() -> Iterator[None]:
+    """The generators of Python, NumPy and torch as before on leaving; not in between, where frozen draws must show."""
+    state = pyro.util.get_rng_state()
+    try:
+        yield
+    finally:
+        pyro.util.set_rng_state(state)
 
 
-def capturable(objective: Any) -> Objective:
-    """The objective to capture: ours as it is, Pyro's two ELBOs by ours of the same loss, gradient and draws.
+def _modules(program: Program) -> Iterator[tuple[str, nn.Module]]:
+    for at, outer in program.modules_found().items():
+        yield from ((f"{at}.{name}".rstrip("."), module) for name, module in outer.named_modules())
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all numbers together, ()."""
+    return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def capturable(objective: Any) -> tuple[Objective, int]:
+    """The objective to capture and how often to run it: ours as it is, Pyro's two ELBOs by ours of the same draws.
 
     Raises:
         CannotCapture: another loss of Pyro's.
     """
     if isinstance(objective, Objective):
-        return objective
+        return objective, 1
     kl = {pyro.infer.Trace_ELBO: sampled_kl, pyro.infer.TraceMeanField_ELBO: analytic_kl}.get(type(objective))
     if kl is None:
         raise CannotCapture(
             f"{type(objective).__name__} asks for numbers as it goes; objectives of pyro_vae, Trace_ELBO and "
             "TraceMeanField_ELBO can be captured"
         )
-    return ELBO(kl=kl, num_particles=objective.num_particles)
+    if objective.vectorize_particles:
+        return ELBO(kl=kl, num_particles=objective.num_particles), 1
+    return ELBO(kl=kl), objective.num_particles

@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Callable
 from typing import Literal
 
-from pyro_vae.graph import CannotCapture
+import pyro
+
+from pyro_vae.graph import CannotCapture, Untouched
 from pyro_vae.learning.capture import CapturedStep
 from pyro_vae.learning.steps import Stepper
 from pyro_vae.learning.updates import Spent, Update
@@ -70,7 +72,7 @@ class Engine:
         self._eager = EagerStep(stepper, update)
         self._captured: CapturedStep | None = None
         self._last: EagerStep | CapturedStep = self._eager
-        self._checked, self._doubts = 0, 0
+        self._spent, self._checked, self._doubts = Spent(), 0, 0
         self.why_eager = ""
 
     @property
@@ -97,18 +99,33 @@ class Engine:
         return steps_taken >= 1 and (before or self._mode is True or (steps_taken >= FIRST and steps_left >= WORTH))
 
     def capture(self, rows: Rows, steps_taken: int) -> None:
-        """Go over to a graph, or say once why not."""
+        """Go over to a graph, or say once why not; with a short batch, wait for a whole one."""
+        if len(rows[0]) != self._count:
+            return
         try:
-            if not self._usable():
-                raise CannotCapture("some rows lie outside the support, which only an eager step tells")
+            self._require_usable()
             self._captured = CapturedStep(self._stepper, self._update, rows, steps_taken)
             self._checked = steps_taken
         except CannotCapture as reason:
             self._give_up(str(reason))
 
+    def _require_usable(self) -> None:
+        state = pyro.util.get_rng_state()  # of Python and NumPy too: a program may draw from these
+        try:
+            with Untouched():
+                usable = self._usable()
+        except ValueError as error:
+            raise CannotCapture(str(error)) from error
+        finally:
+            pyro.util.set_rng_state(state)
+        if not usable:
+            raise CannotCapture("some rows lie outside the support, which only an eager step tells")
+
     def check(self, rows: Rows, steps_taken: int, *, now: bool) -> None:
         """Between two epochs: compare the graph with the eager step if it is time, or `now`."""
-        if self._captured is None or not (now or steps_taken - self._checked >= CHECK):
+        if self._captured is None:
+            return
+        if not (now or self._captured.stale or steps_taken - self._checked >= CHECK):
             return
         self._captured.refresh()
         self._checked = steps_taken
@@ -126,14 +143,19 @@ class Engine:
         way = self._captured if self._captured is not None and len(rows[0]) == self._count else self._eager
         if way is not self._last and isinstance(way, CapturedStep):
             way.refresh()
+        elif way is not self._last and isinstance(self._last, CapturedStep):
+            self._spent = self._spent.and_(self._last.read())
         self._last = way
-        way.take(rows, steps_taken)
+        if not self._spent.failed:  # an eager step would go on from where a captured one refused to move
+            way.take(rows, steps_taken)
 
     def read(self) -> Spent:
         """What the steps since the last reading came to."""
-        spent = self._eager.read()
-        return spent if self._captured is None else self._captured.read().and_(spent)
+        spent, self._spent = self._spent, Spent()
+        if self._captured is not None:
+            spent = spent.and_(self._captured.read())
+        return spent.and_(self._eager.read())
 
     def _give_up(self, reason: str) -> None:
         self.why_eager = reason
-        warnings.warn(f"Training goes on without compilation: {reason}.", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"Training goes on without compilation: {reason.rstrip('.')}.", RuntimeWarning, stacklevel=2)

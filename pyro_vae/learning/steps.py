@@ -66,6 +66,8 @@ class Stepper:
         for leaf in self.leaves:
             leaf.grad = None
         model, guide, count = self.program.model, self.program.guide, len(rows[0])
+        if count == 0:  # the last batch has fewer rows than there are ranks
+            return 0.0, 0.0
         if isinstance(self.objective, Objective):
             self.objective.steps_taken = steps_taken
             with self.precision.writing():
