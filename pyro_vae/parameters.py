@@ -11,7 +11,7 @@ import dis
 import functools
 import threading
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -184,13 +184,18 @@ def judging(modules: Mapping[str, nn.Module], *, validate: bool = False) -> Iter
     finally:
         _judged.open.pop()
         if not known.issuperset(store.keys()):
-            # Not `del store[name]`: that fails on a tensor that has two names.
-            state = store.get_state()
-            for part in (state["params"], state["constraints"]):
-                for name in part.keys() - known:
-                    del part[name]
-            store.clear()
-            store.set_state(state)
+            forget(set(store.keys()) - known)
+
+
+def forget(names: Iterable[str]) -> None:
+    """Take entries out of the param store. Not by `del store[name]`: that fails on a tensor that has two names."""
+    store, gone = pyro.get_param_store(), set(names)
+    state = store.get_state()
+    for part in (state["params"], state["constraints"]):
+        for name in gone & part.keys():
+            del part[name]
+    store.clear()
+    store.set_state(state)
 
 
 def require_place(modules: Mapping[str, nn.Module], rows: Rows) -> None:

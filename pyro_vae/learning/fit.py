@@ -30,6 +30,7 @@ from pyro_vae.learning.objectives import ELBO
 from pyro_vae.learning.precision import Precision
 from pyro_vae.learning.state import State
 from pyro_vae.learning.training import Callback, Training
+from pyro_vae.parameters import forget
 from pyro_vae.program import Program
 from pyro_vae.rows import positive
 from pyro_vae.seeds import seeded
@@ -159,9 +160,7 @@ def _forget_modules(program: Program, known: set[str]) -> None:
     """Take out of the param store what `pyro.module` put there during the fit: the modules hold these values themselves."""
     store = pyro.get_param_store()
     held = {id(leaf) for module in program.modules_found().values() for leaf in module.parameters()}
-    for name in set(store.keys()) - known:
-        if id(store[name]) in held:
-            del store[name]
+    forget(name for name in set(store.keys()) - known if id(store[name]) in held)
 
 
 def _require_no_closure(optimiser: Optimizer) -> None:
@@ -212,7 +211,7 @@ def _require_rows(program: Program, train: Batches, valid: Batches | None, team:
     """Rows of both sets have the same shapes, there are some for every rank, and the program takes them."""
     for count, what in ((train.batch_size, "a batch has"), (train.num_rows, "train has")):
         if count < team.size:
-            raise ValueError(f"{what.capitalize()} {count} rows, fewer than the {team.size} ranks: start fewer.")
+            raise ValueError(f"{what.capitalize()} {count} rows, fewer than the {team.size} ranks: start fewer processes.")
     if valid is not None:
         shapes = [tuple(tuple(part.shape[1:]) for part in batches.first(1)) for batches in (train, valid)]
         if shapes[0] != shapes[1]:

@@ -66,10 +66,8 @@ class Tally:
         """Count one step, loss and ELBO of a mean row of `rows` many, each (); whether all is well so far, ()."""
         both = torch.stack([loss.detach(), elbo.detach()]).double()
         fine = torch.isfinite(both).all() & (self.values[4] == 0.0)
-        counts = fine * both.new_tensor([1.0, 1.0, 0.0])
-        step = torch.cat([torch.where(fine, both * rows, 0.0), counts[:1] * rows, counts[1:]])
-        self.values.add_(step)
-        self.values[4].add_((~fine).double())
+        one = fine.double()
+        self.values.add_(torch.stack([*torch.where(fine, both * rows, 0.0), one * rows, one, 1.0 - one]))
         return fine
 
     def read(self) -> Spent:

@@ -334,6 +334,27 @@ def conditional(torch_seed: int = 0) -> tuple[pv.Program, nn.Module]:
     return pv.Program(model, guide), nets
 
 
+def test_a_network_that_two_pyro_modules_share_is_left_as_it_was_found() -> None:
+    """The store then has two names for one tensor, which it cannot delete one by one."""
+    decoder, encoder = nn.Linear(LATENT, D), nn.Linear(D, LATENT)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        pyro.module("the same in a list", nn.ModuleList([decoder]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), LATENT), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    before = set(pyro.get_param_store().keys())
+    history = pv.fit(pv.Program(model, guide), rows(), epochs=3, compile=False)
+    assert history.elbo[-1] > history.elbo[0]
+    assert set(pyro.get_param_store().keys()) == before
+
+
 def test_a_conditional_program_takes_tuples_of_rows() -> None:
     label = torch.arange(96) % 3
     x = rows() + 4.0 * nn.functional.one_hot(label, D)
