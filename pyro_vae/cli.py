@@ -122,9 +122,15 @@ def app(*, debug: bool) -> None:
 @click.option("--test", default=0.1, help="Fraction held out; data with a test set of their own use that.")
 @click.option("--seed", default=0, help="Of the split, the weights, the order and the noise.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "--compile", "compiling", type=click.Choice(["auto", "yes", "no"]), default="auto", help="Steps as a compiled graph."
+)
+@click.option("--precision", type=click.Choice(["full", "tf32", "bf16"]), default="full", help="Of the training steps.")
 @click.option("--log-dir", type=FOLDER, help="Write TensorBoard scalars here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **options: Any) -> None:
+def fit(
+    *, out: Path, device: str, compiling: str, precision: str, log_dir: Path | None, as_json: bool, **options: Any
+) -> None:
     """Fit a VAE to DATA: digits, mnist, fashion-mnist, a folder of IDX files, or a .npy, .npz, .csv or .parquet file.
 
     \b
@@ -154,6 +160,8 @@ def fit(*, out: Path, device: str, log_dir: Path | None, as_json: bool, **option
         lr=arguments.lr,
         seed=arguments.seed,
         device=device,
+        compile={"yes": True, "no": False}.get(compiling, "auto"),
+        precision=precision,
         clip_norm=arguments.clip_norm,
         transform=run.transform(),
         patience=arguments.patience,
@@ -202,11 +210,13 @@ def evaluate(*, run: Path, rows: int | None, figures: bool, as_json: bool, **opt
 
     asked, opened = evaluation.Asked(**options), Run.open(run)
     vae, x = opened.fitted(), opened.view(opened.data()[1].test.x)[:rows]
+    found: evaluation.Evaluation | None = None
     try:
         with joined() as team, bars.on_stderr(show=team.leads) as progress:
             found = evaluation.run(vae, x, asked, run, figures=figures, progress=progress, team=team)
     except KeyboardInterrupt:
-        _fail(STOPPED, f"stopped before any rows were finished; {run / evaluation.CSV} was not written.")
+        if found is None:  # else it came when all was done
+            _fail(STOPPED, f"stopped before any rows were finished; {run / evaluation.CSV} was not written.")
     drawn = f", figures in {', '.join(found.figures)}" if found.figures else ""
     _say(as_json, {"run": str(run), **found.to_dict()}, f"{found}\nrows are in {run / evaluation.CSV}{drawn}")
     if found.interrupted:

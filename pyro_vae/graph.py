@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -34,6 +34,10 @@ TensorFunction = Callable[..., Sequence[Tensor]]
 """Tensors -> a sequence of tensors."""
 
 _LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, __file__))
+
+
+Compile = bool | Literal["auto"]
+"""Whether something is captured and compiled; "auto": if the work that is left pays for it."""
 
 
 class CannotCapture(Exception):
@@ -61,29 +65,38 @@ class Graph:
     """
 
     def __init__(self, function: TensorFunction, examples: Sequence[Tensor], *, compiled: bool = True) -> None:
+        examples = [each.contiguous() for each in examples]
+        self._like = [(each.shape, each.dtype, each.device) for each in examples]
         graph = _trace(function, examples)
         self._small = operations(graph) < SMALL and not any(each.is_cuda for each in examples)
         self.held = _lift(graph)
         self.refresh()
         with one_thread(active=self._small):
-            self._run = _compile(graph, [*examples, *self._inputs], len(self.held)) if compiled else graph
+            inputs = [*examples, *self._inputs]
+            self._run = _compile(graph, inputs, len(self.held), small=self._small) if compiled else graph
 
     def refresh(self) -> None:
         """Look again at the tensors that the graph holds: needed when their `.data` was exchanged."""
         self._inputs = [tensor.detach() for tensor in self.held]
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
-        """The function's results for arguments of the captured shapes; no gradients flow out of a graph."""
+        """The function's results for arguments of the captured shapes; no gradients flow out of a graph.
+
+        Raises:
+            ValueError: an argument of another shape, dtype or device than the example was: compiled code does not look.
+        """
+        for each, like in zip(arguments, self._like, strict=True):
+            if (each.shape, each.dtype, each.device) != like:
+                raise ValueError(f"The graph takes {_told(*like)}, not {_told(each.shape, each.dtype, each.device)}.")
         with one_thread(active=self._small):
-            return self._run(*arguments, *self._inputs)
+            return self._run(*(each.contiguous() for each in arguments), *self._inputs)
 
 
-def restored(tensors: Iterable[Tensor]) -> Restored:
-    """Give tensors back their values on leaving."""
-    return Restored(tensors)
+def _told(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+    return f"{tuple(shape)} {dtype} on {device}"
 
 
-class Restored:
+class restored:
     """A context in which tensors may be changed in place; on leaving they have their values again."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -233,8 +246,31 @@ def _erase(graph: fx.GraphModule, literal: fx.Node) -> None:
         delattr(graph, str(literal.target))
 
 
-def _compile(graph: fx.GraphModule, examples: list[Tensor], num_held: int) -> Callable[..., Sequence[Tensor]]:
-    """The graph by TorchInductor; the last `num_held` of its inputs are where the examples are, at each call."""
+def compile_mode(value: Any) -> Compile:
+    """`value` as it is.
+
+    Raises:
+        ValueError: it is none of "auto", True and False.
+    """
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise ValueError(f"compile={value!r} is none of 'auto', True and False.")
+
+
+def _compile(
+    graph: fx.GraphModule, examples: list[Tensor], num_held: int, *, small: bool
+) -> Callable[..., Sequence[Tensor]]:
+    """The graph by TorchInductor.
+
+    Args:
+        graph: as lifted.
+        examples: its inputs.
+        num_held: so many of them, the last ones, are where they are now at each call.
+        small: whether what surrounds the matrix products costs as much as they do.
+
+    Raises:
+        CannotCapture: it cannot be compiled; says why.
+    """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     constants = len(list(graph.buffers()))  # literals, which become inputs before the others
@@ -245,18 +281,39 @@ def _compile(graph: fx.GraphModule, examples: list[Tensor], num_held: int) -> Ca
             settings["static_input_idxs"] = [*range(constants), *range(len(inputs) - num_held, len(inputs))]
         return compile_fx_inner(inner_graph, inputs, **settings)
 
+    for node in graph.graph.nodes:
+        node.meta.clear()  # fake tensors of many modes, which the compiler cannot reconcile
     on_cuda = any(example.is_cuda for example in examples)
-    # Draws as torch makes them, so that a graph repeats its function. Shapes are checked once, at the capture.
+    # Draws as torch makes them, so that a graph repeats its function; `Graph` itself looks at shapes.
     options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "triton.cudagraphs": on_cuda}
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Inductor speaks to its developers
-            run: Any = compile_fx(graph, list(examples), inner_compile=inner, config_patches=options)
-            with restored(examples), torch.random.fork_rng(devices=_cuda_of(examples)):
-                run(*examples)  # Inductor is lazy: the first call compiles
-            return run
-    except Exception as error:
-        raise CannotCapture(_why_not_compiled(error)) from error
+    ways = [options]
+    if small:
+        _part_from_biases(graph)
+        ways.insert(0, {**options, "cpp_wrapper": True, "pattern_matcher": False})
+    for last, way in zip((False, True)[-len(ways) :], ways, strict=True):
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Inductor speaks to its developers
+                run: Any = compile_fx(graph, list(examples), inner_compile=inner, config_patches=way)
+                with restored(examples), torch.random.fork_rng(devices=_cuda_of(examples)):
+                    run(*examples)  # Inductor is lazy: the first call compiles
+                return run
+        except Exception as error:
+            if last:
+                raise CannotCapture(_why_not_compiled(error)) from error
+    raise AssertionError
+
+
+def _part_from_biases(graph: fx.GraphModule) -> None:
+    """Products apart from the biases that are added to them: these then cost nothing, in the loop that comes next."""
+    aten = torch.ops.aten
+    for node in [node for node in graph.graph.nodes if node.target is aten.addmm.default and not node.kwargs]:
+        bias, left, right = node.args
+        with graph.graph.inserting_before(node):
+            product = graph.graph.call_function(aten.mm.default, (left, right))
+            node.replace_all_uses_with(graph.graph.call_function(aten.add.Tensor, (product, bias)))
+        graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def _cuda_of(tensors: Iterable[Tensor]) -> list[torch.device]:

@@ -10,7 +10,9 @@ What goes around are tensors and bytes; nothing is pickled.
 
 from __future__ import annotations
 
+import datetime
 import itertools
+import re
 import signal
 import sys
 import threading
@@ -23,13 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.launch import Place, place
+from pyro_vae.launch import Place, numbered, place
 
 _joins = itertools.count()
 
+_PATIENCE = datetime.timedelta(days=7)
+"""How long a rank waits for one that works. One that has ended closes its connections, and is not waited for."""
+
+_GONE = re.compile("closed|reset by peer|broken pipe|timed out|timeout|remote process exited", re.IGNORECASE)
+"""What gloo, NCCL and sockets say where another rank has ended; all else (memory, dtypes) is an error of this one."""
+
 
 class Lost(ConnectionError):
-    """Another rank has ended, so that this one cannot go on."""
+    """Another rank has ended, or the exchange with it has failed, so that this one cannot go on."""
 
 
 class Team:
@@ -124,7 +132,10 @@ class Team:
         try:
             yield dist
         except RuntimeError as error:
-            why = "" if "closed by peer" in str(error) else f" ({_first_line(error)})"
+            told = _first_line(error)
+            if not _GONE.search(str(error)):
+                raise Lost(f"The exchange with the other processes failed ({told}).") from error
+            why = "" if "closed by peer" in str(error) else f" ({told})"
             raise Lost(
                 f"Another of the {self.size} processes of this job has ended; if it was not stopped from outside, its own "
                 f"message says why{why}."
@@ -139,7 +150,7 @@ def standing() -> Place:
     told = place()
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
-        return Place(dist.get_rank(), dist.get_world_size(), told.local)
+        return Place(dist.get_rank(), dist.get_world_size(), numbered())
     return told
 
 
@@ -174,10 +185,10 @@ def joined(device: torch.device | None = None) -> Iterator[Team]:
             # A prefix of its own, or a second group under torchrun would read the addresses of the first.
             store, _, _ = next(rendezvous("env://", here.rank, here.size))
             store = PrefixStore(f"pyro_vae/{next(_joins)}", store)
-            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size)
+            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=_PATIENCE)
             team = Team(here.rank, here.size, dist.group.WORLD, device)
         else:
-            team = Team(here.rank, here.size, dist.new_group(backend=backend), device)
+            team = Team(here.rank, here.size, dist.new_group(backend=backend, timeout=_PATIENCE), device)
     except RuntimeError as error:
         raise Lost(f"The other processes of this job cannot be reached from {here}: {_first_line(error)}.") from error
     try:

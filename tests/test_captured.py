@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -54,7 +55,7 @@ def evaluated(program: pv.Program, x: Tensor, z: Values, density: Density) -> Te
     return found
 
 
-@pytest.mark.parametrize(("num_particles", "num_rows"), [(23, 37), (1, 40), (60, 1), (64, 16)])
+@pytest.mark.parametrize(("num_particles", "num_rows"), [(23, 37), (1, 40), (60, 2), (64, 16)])
 def test_densities_are_those_of_the_formulas(num_particles: int, num_rows: int) -> None:
     curved = Curved()
     x, z = weights(num_rows, 3), weights(num_particles, num_rows, 2, seed=1)
@@ -134,11 +135,16 @@ def test_draws_are_the_same_and_the_generator_is_left_alone(engine: pv.posterior
     torch.testing.assert_close(plain.log_weights, with_graph.log_weights, rtol=1e-9, atol=1e-9)
 
 
-def refused(decode: Callable[[Tensor], Tensor]) -> pv.Program:
+DIFFERS = "the captured density differs from the eager one"
+
+Decode = Callable[[Tensor, Tensor], Tensor]
+
+
+def refused(decode: Decode) -> pv.Program:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(decode(z), 0.5).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(decode(z, x), 0.5).to_event(1), obs=x)
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -147,20 +153,25 @@ def refused(decode: Callable[[Tensor], Tensor]) -> pv.Program:
     return pv.Program(model, guide)
 
 
-REFUSED = {
-    "asks for the value": lambda z: z * (1.0 if float(z.sum()) > -1e9 else 2.0),
-    "draws random numbers": lambda z: z + 0.0 * torch.rand(()),
-    "copies of the rows": lambda z: z + 0.1 * len(z),
+REFUSED: dict[str, tuple[str, Decode]] = {
+    "number": ("asks for the value", lambda z, x: z * (1.0 if float(z.sum()) > -1e9 else 2.0)),
+    "draws": ("draws random numbers", lambda z, x: z + 0.0 * torch.rand(())),
+    "rows": ("copies of the rows", lambda z, x: z + 0.1 * len(z)),
+    "z in NumPy": (DIFFERS, lambda z, x: torch.as_tensor(np.tanh(z.detach().numpy()))),
+    "x in NumPy": (DIFFERS, lambda z, x: z + 0.1 * torch.as_tensor(np.cos(x.numpy()))),
+    "a view of x": (DIFFERS, lambda z, x: z + 0.1 * torch.from_numpy(x.numpy())),
 }
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_cannot_be_captured_is_evaluated_eagerly(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program, x = refused(REFUSED[reason]), weights(40, 2)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_captured_is_evaluated_eagerly(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason, decode = REFUSED[case]
+    program, x = refused(decode), weights(40, 2)
     judge = functools.partial(pv.log_evidence, program, x, method=pv.posterior.from_guide, num_particles=300, seed=3)
     plain, state = judge(compile=False), torch.get_rng_state()
-    with pytest.warns(RuntimeWarning, match=f"goes on without compilation: .*{reason}"):
+    with pytest.warns(RuntimeWarning, match=f"goes on without compilation: .*{reason}") as met:
         told = judge(compile=True)
+    assert {each.filename for each in met} == {__file__}
     assert torch.equal(told.log_p, plain.log_p)
     assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.setattr(captured, "WORTH", 0)
@@ -168,16 +179,79 @@ def test_what_cannot_be_captured_is_evaluated_eagerly(reason: str, monkeypatch: 
     assert torch.equal(judge(compile="auto").log_p, judge(compile=False).log_p)  # and no warning
 
 
-def test_a_graph_that_is_not_the_density_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [np.max, lambda z: z[0, 0], np.mean], ids=["maximum", "first", "mean"])
+def test_a_number_that_numpy_took_from_all_points_is_refused(number: Callable[[Any], Any]) -> None:
+    # Unseen where layouts are compared: there latents are small.
+    program = refused(lambda z, x: z * (2.0 if number(z.detach().numpy().reshape(-1, 2)) > 9.0 else 1.0))
+    x, z = weights(40, 2), weights(30, 40, 2, seed=1)
+    z[0, 0] = 1e5
+    with pytest.warns(RuntimeWarning, match=DIFFERS):
+        assert CapturedProgram(program, True, BUDGET).evaluated((x,), {"z": z}, joint) is None
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_graph_that_is_not_the_density_is_refused(far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(function: Any, examples: Any) -> Graph:
         return Graph(lambda *points: (function(*points)[0] + 0.01,), examples, compiled=False)
 
     monkeypatch.setattr(captured, "Graph", wrong)
+    program, x, z = refused(lambda z, x: z), weights(30, 2), weights(9, 30, 2, seed=1)
+    if far:
+        z[0, 7] = 1e3  # one point with a density of about -2e6 does not hide the others'
+    with pytest.warns(RuntimeWarning, match=DIFFERS):
+        assert CapturedProgram(program, True, BUDGET).evaluated((x,), {"z": z}, joint) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_told_from_differences_point_by_point(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    should = torch.tensor([-1e6, -900.0, 0.1, -1000.0, 1100.0, -torch.inf, torch.nan], dtype=torch.float64)
+    assert captured._close(should, should, dtype)
+    for point, size in enumerate([1e6, 1e3, 1e3, 1e3, 1.1e3]):
+        for sign in (-1.0, 1.0):
+            off = torch.zeros_like(should)
+            off[point] = sign * size * eps
+            assert captured._close(should + 10.0 * off, should, dtype)
+            assert not captured._close(should + 50.0 * off, should, dtype)
+    assert not captured._close(should.nan_to_num(nan=0.0, neginf=-torch.inf), should, dtype)
+    assert not captured._close(should.nan_to_num(nan=torch.nan, neginf=-1e9), should, dtype)
+
+
+def test_a_density_without_a_graph_leaves_the_others_theirs(made: list[Any]) -> None:
+    def asks(log_joint: LogJoint, z: Values) -> Tensor:
+        return log_joint.of_sites(z) * (1.0 if float(z["z"].sum()) > -1e9 else 2.0)
+
     curved = Curved()
-    x = weights(30, 3)
-    with pytest.warns(RuntimeWarning, match="the captured density differs from the eager one"):
-        found = CapturedProgram(curved.program, True, BUDGET).evaluated((x,), {"z": weights(9, 30, 2)}, joint)
-    assert found is None
+    program, x, z = CapturedProgram(curved.program, True, BUDGET), weights(30, 3), weights(9, 30, 2, seed=1)
+    assert program.evaluated((x,), {"z": z}, joint) is not None
+    with pytest.warns(RuntimeWarning, match="asks for the value"):
+        assert program.evaluated((x,), {"z": z}, asks) is None
+    assert program.evaluated((x,), {"z": z}, asks) is None  # neither tried nor told again
+    assert program.evaluated((x,), {"z": z}, joint) is not None
+    assert program.evaluated((x,), {"z": z}, likelihood) is not None
+    assert len(made) == 3
+
+
+def test_points_without_any_density_wait_for_others(made: list[Any]) -> None:
+    program = CapturedProgram(refused(lambda z, x: z), True, BUDGET)
+    x, z = weights(30, 2), weights(9, 30, 2, seed=1)
+    with pytest.warns(RuntimeWarning, match="none of the points at hand has a density"):
+        assert program.evaluated((x,), {"z": torch.where(z > 0.0, torch.inf, -torch.inf)}, joint) is None
+    assert program.evaluated((x,), {"z": z}, joint) is not None
+
+
+def test_points_all_alike_wait_for_others(made: list[Any]) -> None:
+    curved = Curved()
+    program, x, z = CapturedProgram(curved.program, True, BUDGET), weights(30, 3), weights(9, 30, 2, seed=1)
+    same_x, same_z = x[:1].expand(30, 3), z[:1, :1].expand(9, 30, 2)
+    with pytest.warns(RuntimeWarning, match="all alike in x or in a latent"):
+        assert program.evaluated((same_x,), {"z": z}, joint) is None
+    assert program.evaluated((x,), {"z": same_z}, joint) is None  # and told once
+    assert program.evaluated((x[:1],), {"z": z[:, :1].repeat(9, 1, 1)}, joint) is None
+    assert len(made) == 0
+    found = program.evaluated((x,), {"z": z}, joint)
+    assert found is not None
+    torch.testing.assert_close(found, curved.log_joint(x, z), rtol=1e-5, atol=1e-5)
 
 
 def test_auto_counts_what_is_left(monkeypatch: pytest.MonkeyPatch, made: list[Any]) -> None:
@@ -214,10 +288,11 @@ def test_the_budget_changes_rounding_at_most(made: list[Any]) -> None:
         judge(compile=True, memory=3_000)
 
 
-def test_mode_is_one_of_three() -> None:
+@pytest.mark.parametrize("mode", ["yes", 0, 1, None])
+def test_mode_is_one_of_three(mode: Any) -> None:
     known = LinearGaussian()
-    with pytest.raises(ValueError, match="compile='yes' is none of 'auto', True and False"):
-        pv.log_evidence(known.program(), known.marginal().sample((2,)), compile="yes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"compile={mode!r} is none of 'auto', True and False"):
+        pv.log_evidence(known.program(), known.marginal().sample((2,)), compile=mode)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.graph import CannotCapture, Graph, Untouched, restored
+from pyro_vae.graph import CannotCapture, Graph, Untouched, compile_mode, restored
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 
@@ -227,3 +227,23 @@ def test_what_is_held_stays_where_it_is_for_the_compiler(monkeypatch: pytest.Mon
 
     Graph(function, (X, X))
     assert seen == [([0, 3], 4)]  # the literal, two arguments, what is held
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.zeros(3, 4), torch.zeros(5, 4, 1), torch.zeros(5, 4).double()],
+    ids=["rows", "dims", "dtype"],
+)
+def test_arguments_of_another_kind_than_the_examples_are_refused(other: torch.Tensor) -> None:
+    graph = Graph(lambda x: (x.sum(),), (torch.ones(5, 4),), compiled=False)
+    with pytest.raises(ValueError, match=r"The graph takes \(5, 4\) torch.float32 on cpu, not"):
+        graph(other)
+    assert graph(torch.ones(4, 5).T)[0] == 20.0
+
+
+def test_compile_is_one_of_three_values() -> None:
+    for value in (True, False, "auto"):
+        assert compile_mode(value) is value
+    for value in (0, 1, None, "yes"):
+        with pytest.raises(ValueError, match=f"compile={value!r} is none of 'auto', True and False"):
+            compile_mode(value)

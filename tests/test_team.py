@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import signal
+from typing import Any
 
 import pytest
 import torch
 
-from pyro_vae.team import ALONE, Team, flat, held, joined, standing
+from pyro_vae.launch import Place
+from pyro_vae.learning import fit
+from pyro_vae.team import ALONE, Lost, Team, flat, held, joined, standing
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -38,6 +41,53 @@ def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert team.key == ()
     team.require_same({"lr": 1.0}, "so")
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("said", "ended"),
+    [
+        ("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5", True),
+        ("Read error [127.0.0.1]:5: Connection reset by peer", True),
+        ("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms for recv operation to complete", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the manual", False),
+        ("Invalid scalar type", False),
+    ],
+)
+def test_only_a_lost_connection_is_told_as_the_end_of_another_process(
+    said: str, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", fails)
+    with pytest.raises(Lost) as told:
+        Team(0, 2).add(torch.ones(1))
+    assert str(told.value).startswith("Another of the 2 processes of this job has ended") == ended
+    if not ended:
+        first = said.split("\n")[0].rstrip(".")
+        assert str(told.value) == f"The exchange with the other processes failed ({first})."
+
+
+def test_ranks_without_a_number_on_their_machine_share_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program's own process group, as `mp.spawn` and Slurm make it, does not say which GPU is whose."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cuda", "auto"):
+        with pytest.raises(ValueError, match=r"rank 1 of 2: set LOCAL_RANK .* device='cuda:1'"):
+            fit._device(device)
+    assert fit._device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert standing() == Place(1, 2, 1)
+    assert fit._own_gpu(standing()) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(ValueError, match="LOCAL_RANK=first"):
+        standing()
 
 
 def test_flat_keeps_the_widest_dtype() -> None:

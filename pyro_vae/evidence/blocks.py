@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.captured import CapturedProgram, Compile
+from pyro_vae.captured import CapturedProgram
 from pyro_vae.evidence.cascade import LEVELS, Block, Level
 from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.evidence.observed import discrete_dimensions
 from pyro_vae.evidence.sharing import Sharing
+from pyro_vae.graph import Compile, compile_mode
 from pyro_vae.memory import BLOCK_ROWS, BUDGET, block_rows
 from pyro_vae.parameters import judging
 from pyro_vae.posterior.engine import Engine
@@ -71,7 +72,8 @@ def log_evidence(
         compile: whether the densities of draws go through graphs that are captured once and compiled, see
             `pyro_vae.captured`: True from the first one on; "auto", with a method, once the rows that are left pay for it,
             by what the first ones took; False never. Draws are the same in any case, results the same up to rounding. A
-            program that cannot be captured is evaluated as it is; True says so.
+            program that cannot be captured, or whose graph could not be checked (a single row, or all alike), is evaluated
+            as it is; True says so.
         on_block: called with what is at work, rows done and rows given after each block; of a team each rank's own.
         team: processes that share the blocks, see `pyro_vae.team.joined`: each is given the same arguments, and each
             returns the estimate of all rows. Without it a process works alone, under `torchrun` as well.
@@ -86,8 +88,7 @@ def log_evidence(
         KeyboardInterrupt: before a block was finished.
         Lost: another process of the team has ended.
     """
-    if compile not in ("auto", True, False):
-        raise ValueError(f"compile={compile!r} is none of 'auto', True and False.")
+    mode = compile_mode(compile)
     rows = as_rows(x)
     positive(memory=memory)
     options = _options(method, num_particles, memory)
@@ -102,7 +103,7 @@ def log_evidence(
     with judging(program.modules_found()):
         dimensions = discrete_dimensions(program, rows, index)
         # The cascade spends its time on many other things than weights: there a compilation hardly pays for itself.
-        captured = CapturedProgram(program, False if method is None and compile == "auto" else compile, memory)
+        captured = CapturedProgram(program, False if method is None and mode == "auto" else mode, memory)
         if method is None:
             estimate = _cascade(captured, rows, index, estimate, aim, seed, memory, report, Sharing(team))
         else:

@@ -46,22 +46,24 @@ class GraphAdam:
         self._decays = _decays(optimiser)
         adam_w = isinstance(optimiser, AdamW)
         self._decoupled = [bool(group.get("decoupled_weight_decay", adam_w)) for group in optimiser.param_groups]
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Look again at the optimiser's state: another step than a captured one was taken."""
-        states = [self._optimiser.state[leaf] for leaf in self._used]
+        states = [optimiser.state[leaf] for leaf in self._used]
         self.means: list[Tensor] = [state["exp_avg"] for state in states]
         self.squares: list[Tensor] = [state["exp_avg_sq"] for state in states]
         self.steps: list[Tensor] = [state["step"] for state in states]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at how many steps were taken: another than a captured one was among them."""
         self._taken = int(self.steps[0])
         # What a learning-rate schedule looks for before it warns that no step was taken.
         self._optimiser._opt_called = True  # type: ignore[attr-defined]
 
     @property
     def stale(self) -> bool:
-        """Whether a captured update is no longer that of the optimiser: a weight decay that was zero is zero no more."""
-        return _decays(self._optimiser) != self._decays
+        """Whether a captured update is no longer the optimiser's: a weight decay came or went, or its state is another."""
+        states = [self._optimiser.state[leaf] for leaf in self._used]
+        same = all(state.get("exp_avg") is mean for state, mean in zip(states, self.means, strict=True))
+        return _decays(self._optimiser) != self._decays or not same
 
     @property
     def state(self) -> list[Tensor]:

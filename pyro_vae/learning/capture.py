@@ -66,7 +66,6 @@ class CapturedStep:
         self._replaced: list[str] = []
         self.tally = Tally(rows[0].device)
         self._adam: GraphAdam | None = None
-        self.interval = 1 if rows[0].device.type == "cpu" else INTERVAL
         if any(leaf._post_accumulate_grad_hooks for leaf in stepper.leaves):
             raise CannotCapture("a parameter has a hook for when its gradient is accumulated, which a graph does not do")
         with _draws_kept():
@@ -74,14 +73,11 @@ class CapturedStep:
             self._used = [leaf for leaf, gradient in zip(stepper.leaves, gradients, strict=True) if gradient is not None]
             if update.alone and serves(update.optimiser, self._used):
                 self._adam = GraphAdam(update.optimiser, self._used)
+            self.interval = 1 if rows[0].device.type == "cpu" else INTERVAL
             with self._kept(rows[0].device, CAPTURED), stepper.precision.running():
                 self._graph = Graph(self._step, (self._numbers(steps_taken), *rows), compiled=compiled)
-            wrong = self.agrees(rows, steps_taken)
-        if self._replaced:
-            name = self._replaced[0]
-            raise CannotCapture(f"a step puts another tensor in the place of the buffer {name!r}: use {name}.copy_(...)")
-        if wrong:
-            raise CannotCapture(wrong)
+            if wrong := self.agrees(rows, steps_taken):
+                raise CannotCapture(wrong)
 
     def _first(self, rows: Rows, steps_taken: int) -> Sequence[Tensor | None]:
         """Gradients of an eager step: which parameters get one. What objectives find out once, they find out here."""
@@ -106,9 +102,9 @@ class CapturedStep:
 
     def take(self, rows: Rows, steps_taken: int) -> None:
         """One step: parameters and optimiser move, loss and ELBO are counted."""
-        if self._adam is None:
-            for leaf in self._used:
-                leaf.grad = None  # a CUDA graph puts the new gradient where the last one was, which no one may hold then
+        # Those of an earlier step mean nothing, and a CUDA graph puts new ones where the last were, if no one holds them.
+        for leaf in self._stepper.leaves:
+            leaf.grad = None
         with self._stepper.precision.running():
             found = self._graph(self._numbers(steps_taken), *rows)
         if self._adam is not None:
@@ -127,14 +123,14 @@ class CapturedStep:
         return self.tally.read()
 
     def refresh(self) -> None:
-        """Look again at what is held: another step than a captured one was taken, or a checkpoint read."""
+        """Look again at what is held, as another step than a captured one was taken."""
         if self._adam is not None:
             self._adam.refresh()
         self._graph.refresh()
 
     @property
     def stale(self) -> bool:
-        """Whether it is known, without a comparison, that the step must be captured anew."""
+        """Whether it is known, without a comparison, that the step must be captured anew: the optimiser is another."""
         return self._adam is not None and self._adam.stale
 
     def agrees(self, rows: Rows, steps_taken: int) -> str | None:
@@ -143,12 +139,14 @@ class CapturedStep:
         Each of the first half of `rows` comes twice, and the draws are others than at the capture: else what Python took
         from these (`x.numpy()`) would be the same by chance.
         """
-        if self.stale:
-            return "a weight decay has come in since the step was captured"
         index = torch.arange(self._count, device=rows[0].device) // 2
         try:
             with _draws_kept():
-                return self._difference(take(rows, index), steps_taken)
+                wrong = self._difference(take(rows, index), steps_taken)
+            if self._replaced:
+                name = self._replaced.pop()
+                return f"a step puts another tensor in the place of the buffer {name!r}: use {name}.copy_(...)"
+            return wrong
         except Exception as error:  # as in the constructor
             return f"a step of it failed ({_one_line(error)})"
 
@@ -156,19 +154,19 @@ class CapturedStep:
         with self._kept(rows[0].device, CHECKED), Untouched():
             loss, elbo, expected = self._eager(rows, steps_taken)
             whole = [gradient for gradient in expected if gradient is not None]
-            if [
-                leaf for leaf, gradient in zip(self._stepper.leaves, expected, strict=True) if gradient is not None
-            ] != self._used:
+            leaves = zip(self._stepper.leaves, expected, strict=True)
+            if [id(leaf) for leaf, gradient in leaves if gradient is not None] != list(map(id, self._used)):
                 return "other parameters get a gradient now than when the step was captured"
             if self._adam is not None:
                 whole = self._moments(whole, steps_taken)
+            buffers = [(name, buffer, buffer.clone()) for name, buffer in self._buffers()]
         with restored(self._graph.held), seeded(CHECKED, rows[0].device):
             if self._adam is not None:
                 torch._foreach_zero_(self._adam.means)
             with self._stepper.precision.running():
                 found = self._graph(self._numbers(steps_taken), *rows)
             gradients = found[2:] if self._adam is None else self._adam.means
-            return self._told(found[:2], (loss, elbo)) or self._compared(gradients, whole)
+            return self._told(found[:2], (loss, elbo)) or self._compared(gradients, whole) or self._moved(buffers)
 
     def _told(self, found: Sequence[Tensor], expected: Sequence[Tensor | None]) -> str | None:
         tolerance = self._stepper.precision.rounding
@@ -178,11 +176,22 @@ class CapturedStep:
         return None
 
     def _compared(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
-        tolerance, noise = 100.0 * self._stepper.precision.rounding, NOISE * float(_norm(expected))
+        tolerance, noise = self._stepper.precision.gradient_rounding, NOISE * float(_norm(expected))
         for leaf, gradient, should in zip(self._used, found, expected, strict=True):
             if not float(_norm([gradient - should])) <= tolerance * float(_norm([should])) + noise:
                 return f"the captured gradient of a parameter of shape {tuple(leaf.shape)} differs from the eager one"
         return None
+
+    def _moved(self, expected: Sequence[tuple[str, Tensor, Tensor]]) -> str | None:
+        tolerance = self._stepper.precision.rounding
+        for name, buffer, should in expected:
+            if not torch.allclose(buffer.double(), should.double(), rtol=tolerance, atol=tolerance, equal_nan=True):
+                return f"the captured step leaves other values in the buffer {name!r} than the eager one"
+        return None
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for at, module in _modules(self._stepper.program):
+            yield from ((f"{at}.{name}", buffer) for name, buffer in module._buffers.items() if buffer is not None)
 
     def _moments(self, gradients: Sequence[Tensor], steps_taken: int) -> list[Tensor]:
         """First moments that were zero, after an eager step of Adam: linear in the gradients, as the step itself is not."""
@@ -232,6 +241,9 @@ class CapturedStep:
             loss, elbo, gradients = self._differentiated(rows)
         whole = [gradient for gradient in gradients if gradient is not None]
         if self._adam is None:
+            if loss.is_cuda:  # the host does not look at each loss: what is not finite must not reach the parameters
+                fine = torch.isfinite(loss) & torch.isfinite(elbo)
+                whole = [torch.where(fine, gradient, torch.zeros_like(gradient)) for gradient in whole]
             return loss, elbo, *whole
         with torch.no_grad():
             healthy = self.tally.add(loss, elbo, self._count)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Literal
 
 import pyro
+import torch
 
-from pyro_vae.graph import CannotCapture, Untouched
+from pyro_vae.graph import CannotCapture, Compile, Untouched
 from pyro_vae.learning.capture import CapturedStep
 from pyro_vae.learning.steps import Stepper
 from pyro_vae.learning.updates import Spent, Update
 from pyro_vae.rows import Rows
-
-Compile = bool | Literal["auto"]
 
 FIRST = 100
 """Steps that "auto" takes eagerly whatever is to come, so that a mistake shows at once."""
@@ -59,21 +57,29 @@ class Engine:
         update: what is done with the gradients.
         mode: "auto", True or False, see `fit`.
         count: rows of a whole batch; only these are captured, so that a short one never waits for a compilation.
-        usable: whether all rows lie where the program can be evaluated: a graph does not look.
+        usable: whether the rows lie where the program can be evaluated: a graph does not look.
+        why_eager: why this run gave up before its checkpoint was written, or ""; "auto" then does not try again.
 
     Attributes:
         why_eager: why a graph was given up, or "".
     """
 
     def __init__(
-        self, stepper: Stepper, update: Update, mode: Compile, count: int, usable: Callable[[], bool] = lambda: True
+        self,
+        stepper: Stepper,
+        update: Update,
+        mode: Compile,
+        count: int,
+        usable: Callable[[], bool] = lambda: True,
+        why_eager: str = "",
     ) -> None:
         self._stepper, self._update, self._mode, self._count, self._usable = stepper, update, mode, count, usable
         self._eager = EagerStep(stepper, update)
         self._captured: CapturedStep | None = None
         self._last: EagerStep | CapturedStep = self._eager
         self._spent, self._checked, self._doubts = Spent(), 0, 0
-        self.why_eager = ""
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self.why_eager = why_eager if mode == "auto" else ""
 
     @property
     def compiled(self) -> bool:
@@ -105,7 +111,7 @@ class Engine:
         try:
             self._require_usable()
             self._captured = CapturedStep(self._stepper, self._update, rows, steps_taken)
-            self._checked = steps_taken
+            self._checked, self._shapes = steps_taken, _shapes(rows)
         except CannotCapture as reason:
             self._give_up(str(reason))
 
@@ -125,22 +131,30 @@ class Engine:
         """Between two epochs: compare the graph with the eager step if it is time, or `now`."""
         if self._captured is None:
             return
-        if not (now or self._captured.stale or steps_taken - self._checked >= CHECK):
+        if self._captured.stale:  # a callback has given the optimiser another state
+            self._captured = None
+            return self.capture(rows, steps_taken)
+        if not (now or steps_taken - self._checked >= CHECK):
             return
         self._captured.refresh()
-        self._checked = steps_taken
-        wrong = self._captured.agrees(rows, steps_taken)
-        if wrong is None:
+        since, self._checked = self._checked, steps_taken
+        if (wrong := self._captured.agrees(rows, steps_taken)) is None:
             return
         self._captured, self._doubts = None, self._doubts + 1
         if self._doubts > 1:
-            self._give_up(f"{wrong}: the program reads something that changes while it trains and is no tensor")
-        else:
-            self.capture(rows, steps_taken)
+            return self._give_up(f"{wrong}: the program reads something that changes while it trains and is no tensor")
+        if not now:  # else a callback has just changed it
+            warnings.warn(
+                f"Somewhere in steps {since} to {steps_taken} the program changed and the captured step did not ({wrong}): "
+                "it is captured anew. Make what changes a tensor that is changed in place, or a schedule of the objective.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.capture(rows, steps_taken)
 
     def take(self, rows: Rows, steps_taken: int) -> None:
         """One step."""
-        way = self._captured if self._captured is not None and len(rows[0]) == self._count else self._eager
+        way = self._captured if self._captured is not None and _shapes(rows) == self._shapes else self._eager
         if way is not self._last and isinstance(way, CapturedStep):
             way.refresh()
         elif way is not self._last and isinstance(self._last, CapturedStep):
@@ -159,3 +173,7 @@ class Engine:
     def _give_up(self, reason: str) -> None:
         self.why_eager = reason
         warnings.warn(f"Training goes on without compilation: {reason.rstrip('.')}.", RuntimeWarning, stacklevel=2)
+
+
+def _shapes(rows: Rows) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(part.shape, part.dtype) for part in rows]

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_vae.graph import Compile, compile_mode
 from pyro_vae.launch import Place
 from pyro_vae.learning.batches import Batches, Source, Transform
-from pyro_vae.learning.engine import Compile
 from pyro_vae.learning.history import History
 from pyro_vae.learning.objectives import ELBO
 from pyro_vae.learning.precision import Precision
@@ -103,8 +103,7 @@ def fit(
     """
     positive(epochs=epochs, batch_size=batch_size)
     _require_sensible(lr, clip_norm, patience, valid)
-    if compile not in ("auto", True, False):
-        raise ValueError(f"compile={compile!r} is none of 'auto', True and False.")
+    compile_mode(compile)
     place = _device(device)
     missing = bool(getattr(program, "missing", False))
     with _team(place, checkpoint) as team:
@@ -152,7 +151,8 @@ def _team(device: torch.device, checkpoint: str | Path | None) -> Iterator[Team]
         with joined(device) as team:
             yield team
     except Lost as error:
-        mend = "and without checkpoint= it begins anew." if checkpoint is None else f"goes on from {checkpoint}."
+        anew = "begins anew; with checkpoint= it would go on."
+        mend = anew if checkpoint is None else f"goes on from {checkpoint}."
         raise Lost(f"{error} The same command {mend}") from error
 
 

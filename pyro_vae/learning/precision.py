@@ -38,6 +38,11 @@ class Precision:
         """Relative deviation of a loss that rounding explains: a compiled graph rounds in other places than eager steps."""
         return {"full": 1e-4, "tf32": 1e-3, "bf16": 1e-2}[self.name]
 
+    @property
+    def gradient_rounding(self) -> float:
+        """Likewise of the gradient of a parameter, relative to its norm."""
+        return {"full": 1e-2, "tf32": 3e-2, "bf16": 2e-1}[self.name]
+
     def writing(self) -> AbstractContextManager[Any]:
         """Around Python that computes: an eager step, or the capture of one."""
         if self.name == "bf16":

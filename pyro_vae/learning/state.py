@@ -125,7 +125,9 @@ class State:
         _become_first(buffers, team)
         moving = [(mine, first) for mine, first in zip(own, buffers, strict=True) if first.is_floating_point()]
         if moving:
-            away = team.add(flat([mine - first for mine, first in moving])) / team.size
+            # Where they are equal no difference is taken: that of two infinities (a mask) would be NaN.
+            apart = [torch.where(mine == first, 0.0, mine - first) for mine, first in moving]
+            away = team.add(flat(apart)) / team.size
             for (_, first), mean in zip(moving, away.split([first.numel() for _, first in moving]), strict=True):
                 first.add_(mean.view_as(first).to(first.dtype))
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pyro_vae.graph import Compile
 from pyro_vae.learning import checkpoint as checkpoints
 from pyro_vae.learning.batches import Batches
-from pyro_vae.learning.engine import Compile, Engine
+from pyro_vae.learning.engine import Engine
 from pyro_vae.learning.history import History
 from pyro_vae.learning.precision import Precision
 from pyro_vae.learning.progress import Display, Scalars
@@ -93,7 +94,7 @@ class Training:
             Display(total, show=progress if self.team.leads else False) as display,
         ):
             update = Update(stepper.leaves, state.optimiser, self.clip_norm, self.team, stop)
-            engine = Engine(stepper, update, self.compile, self._whole, self._usable)
+            engine = Engine(stepper, update, self.compile, self._whole, self._usable, state.history.why_eager)
             run = _Run(engine, update, total, display, callbacks)
             while state.position.epoch < epochs and not state.history.stopped:
                 self._epoch(run)

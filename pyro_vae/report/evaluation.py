@@ -229,10 +229,14 @@ def run(
             on_block=bars.on_block,
             team=team,
         )
-        bars.close(filled=False)
-        watch.came = _anywhere(watch, team)
+        with watch.kept(), held():
+            bars.close(filled=False)
+        came = _anywhere(watch, team)
+        if came:
+            watch.came = True
         curves = functools.partial(_curves, program, x, asked)
-        shared = team.size > 1 and figures and asked.method != "exact" and not watch.came
+        # By what all agreed on, and not by the watch, which may have changed here since.
+        shared = team.size > 1 and figures and asked.method != "exact" and not came
         if not team.leads:
             if shared:
                 _from_last(curves, watch, team)
@@ -243,12 +247,13 @@ def run(
                 bars.begin(f"bounds by {asked.bounding.name}", len(some))
                 box = evidence.sandwich(program, some, method=asked.bounding, seed=derive(asked.seed, BOUNDS))
                 bars.close()
-        found = Evaluation(asked, estimate, box, watch.came)
-        _write(found, folder)
+        with watch.kept(), held():
+            _write(Evaluation(asked, estimate, box, watch.came), folder)
         received = _from_last(curves, watch, team) if shared else None
         with watch.kept():
             if figures and not watch.came:
                 bars.begin("figures", None)
+                found = Evaluation(asked, estimate, box, interrupted=False)
                 for name in _draw(found, folder, (lambda: received) if shared else curves):
                     drawn.append(name)
                 bars.close()
@@ -278,11 +283,11 @@ def _write(found: Evaluation, folder: Path) -> None:
 
 
 def _anywhere(watch: Watch, team: Team) -> bool:
-    """Whether Ctrl-C came to any rank."""
-    came = torch.tensor([float(watch.came)])
+    """Whether Ctrl-C came to any rank before this call: the same answer on all of them."""
+    came = False
     with watch.kept(), held():
-        team.add(came)
-    return watch.came or bool(came)
+        came = bool(team.add(torch.tensor([float(watch.came)])))
+    return came
 
 
 def _curves(program: Program, x: Tensor, asked: Asked) -> growth.Convergence:
@@ -292,7 +297,7 @@ def _curves(program: Program, x: Tensor, asked: Asked) -> growth.Convergence:
 
 def _from_last(curves: Callable[[], growth.Convergence], watch: Watch, team: Team) -> growth.Convergence | None:
     """The curves, computed by the last rank while rank 0 was busy; None if Ctrl-C came there."""
-    content = b""
+    content, received = b"", None
     with watch.kept():
         if team.rank == team.size - 1:
             found = curves()
@@ -301,9 +306,15 @@ def _from_last(curves: Callable[[], growth.Convergence], watch: Watch, team: Tea
     everyone = [b""]
     with watch.kept(), held():
         everyone = team.gather(content)
-    if not everyone[-1]:
-        return None
-    told = json.loads(everyone[-1])
+    with watch.kept():
+        if everyone[-1]:
+            received = _read_curves(everyone[-1])
+    return received
+
+
+def _read_curves(content: bytes) -> growth.Convergence:
+    """What the last rank has sent."""
+    told = json.loads(content)
     made = {
         name: growth.Curve(torch.tensor(k), *(torch.tensor(values, dtype=torch.float64) for values in rest))
         for name, (k, *rest) in told["curves"].items()

@@ -395,6 +395,28 @@ def test_what_python_took_from_the_rows_of_the_capture_shows() -> None:
     assert disagreement(with_mean_of_x).startswith("the captured step has loss ")
 
 
+def test_statistics_that_python_moves_now_and_then_show() -> None:
+    """In training mode the loss does not depend on them, but `eval()` will."""
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(6))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.training and self.calls % 2:
+                self.mean.lerp_(x.mean(0), 0.1)
+            return x
+
+    def make() -> tuple[pv.Program, Rows]:
+        torch.manual_seed(1)
+        return small(body=nn.Sequential(Counted(), nn.Linear(6, 7), nn.Tanh()), features=7)
+
+    assert disagreement(make).startswith("the captured step leaves other values in the buffer ")
+
+
 def test_scales_of_the_model_alone_are_another_loss_than_pyro_s() -> None:
     """`objectives.ELBO` scales a KL as the model is scaled, Pyro's log q as the guide is."""
     make = handled(scale=0.1, around="model")

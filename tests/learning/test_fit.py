@@ -350,7 +350,7 @@ def test_a_network_that_two_pyro_modules_share_is_left_as_it_was_found() -> None
             pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
 
     before = set(pyro.get_param_store().keys())
-    history = pv.fit(pv.Program(model, guide), rows(), epochs=3, compile=False)
+    history = pv.fit(pv.Program(model, guide), rows(), epochs=60, lr=1e-2, compile=False)
     assert history.elbo[-1] > history.elbo[0]
     assert set(pyro.get_param_store().keys()) == before
 

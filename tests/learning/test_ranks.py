@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -160,16 +161,17 @@ def fitted(*, norm: bool = False, count: int = 201, program: pv.VAE | None = Non
     return {"digest": digest, "history": history.to_dict(), "left alone": left}
 
 
-def levelled(team: Team) -> list[float]:
-    """Buffers after `State.level`: of rank r a mean r + 1, a constant and a count 10 (r + 1)."""
+def levelled(team: Team) -> list[list[float]]:
+    """Buffers after `State.level`: of rank r a mean r + 1, a constant, a mask and a count 10 (r + 1)."""
     module = nn.Module()
     module.register_buffer("mean", torch.tensor([float(team.rank + 1)]))
     module.register_buffer("constant", torch.tensor([0.1]))
+    module.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.inf]))
     module.register_buffer("count", torch.tensor([10 * (team.rank + 1)]))
     program = pv.Program(lambda x: module.mean, lambda x: module.mean)
     program.modules_found = lambda: {"m": module}  # type: ignore[method-assign]
     State(program, {}, None, None).level(team)  # type: ignore[arg-type]
-    return [float(buffer) for buffer in module.buffers()]
+    return [buffer.tolist() for buffer in module.buffers()]
 
 
 def rank(folder: Path) -> None:
@@ -274,7 +276,7 @@ def test_a_rank_alone_draws_what_it_draws_in_one_process(monkeypatch: pytest.Mon
 
 def test_buffers_become_the_mean_and_constants_stay(both: Both) -> None:
     for found in both:
-        assert found["level"] == [1.5, float(torch.tensor(0.1)), 10.0]
+        assert found["level"] == [[1.5], [float(torch.tensor(0.1))], [0.0, -math.inf, math.inf], [10]]
 
 
 def test_the_validation_elbo_is_that_of_one_process(both: Both) -> None:

@@ -22,6 +22,7 @@ import pyro_vae as pv
 from pyro_vae.evidence.cascade import LEVELS
 from pyro_vae.report import bars, evaluation
 from pyro_vae.report.evaluation import CONVERGENCE, CSV, PARETO_K, SANDWICH, Asked
+from pyro_vae.team import Team
 
 COLUMNS = ["row", "log_p", "standard_error", "lower", "upper", "ess", "pareto_k", "engine", "reliable"]
 KNOWN = LinearGaussian(dim=5, latent_dim=2)
@@ -157,6 +158,41 @@ def test_ctrl_c_after_the_estimate(what: str, tmp_path: Path, monkeypatch: pytes
     assert found.interrupted
     assert (found.box is None) == (what == "bounds")
     assert CONVERGENCE not in found.figures
+    assert pd.read_csv(tmp_path / CSV)["reliable"].all()
+
+
+def test_ctrl_c_while_the_rows_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = evaluation.write_bytes
+    monkeypatch.setattr(evaluation, "write_bytes", lambda *given: (interrupt(), write(*given)))
+    found = evaluation.run(KNOWN.program(inflate=1.2), KNOWN.draw(8), Asked(bounds=4), tmp_path)
+    assert found.interrupted
+    assert found.figures == ()
+    assert pd.read_csv(tmp_path / CSV)["reliable"].all()
+
+
+class Other(Team):
+    """Rank 0 of two, to which Ctrl-C comes once both have been asked whether it did; the other rank saw none."""
+
+    gathered = 0
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        interrupt()
+        return values
+
+    def gather(self, content: bytes) -> list[bytes]:
+        self.gathered += 1
+        return [content, b""]
+
+
+def test_ctrl_c_after_the_ranks_have_agreed_leaves_none_of_them_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team, estimated = Other(0, 2), pv.evidence.log_evidence
+    monkeypatch.setattr(pv.evidence, "log_evidence", lambda *given, team, **more: estimated(*given, **more))
+    found = evaluation.run(KNOWN.program(inflate=1.2), KNOWN.draw(8), Asked(bounds=4), tmp_path, team=team)
+    assert team.gathered == 1
+    assert found.interrupted
+    assert found.figures == ()
     assert pd.read_csv(tmp_path / CSV)["reliable"].all()
 
 
