@@ -25,6 +25,8 @@ Data = Tensor | np.ndarray[Any, Any] | Sequence[Tensor | np.ndarray[Any, Any]]
 
 PRECISIONS = (torch.float32, torch.float64)
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
 
 def as_rows(x: Data, name: str = "x") -> Rows:
     """The rows of `x` as a tuple of tensors, nothing copied.
@@ -83,7 +85,8 @@ def take(rows: Rows, index: Tensor | slice) -> Rows:
     """The rows at `index`, from every tensor of the tuple."""
     if isinstance(index, slice) or index.dtype is not torch.int64:
         return tuple(part[index] for part in rows)
-    return tuple(part.index_select(0, index) for part in rows)  # several times faster than indexing
+    # Several times faster than indexing, but not for every dtype.
+    return tuple(part[index] if part.dtype in _UNSIGNED else part.index_select(0, index) for part in rows)
 
 
 def probe(rows: Rows, count: int) -> Rows:

@@ -32,6 +32,7 @@ def free_port() -> int:
 def start(words: list[str], size: int, more: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
     """The ranks of a job that runs `python words...`."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **ALONE}
+    common["OMP_NUM_THREADS"] = "1"  # as torchrun does: threads of several ranks wait for each other
     ranks = []
     for rank in range(size):
         environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(more or {})}
@@ -44,9 +45,12 @@ def wait(ranks: list[subprocess.Popen[str]], seconds: float = 100.0) -> list[End
     """How they end; all are killed where one takes too long."""
     try:
         told = [rank.communicate(timeout=seconds) for rank in ranks]
-    finally:
+    except subprocess.TimeoutExpired:
         for rank in ranks:
             rank.kill()
+        for rank in ranks:
+            rank.communicate()  # closes its pipes
+        raise
     return [Ended(rank.returncode, out, err) for rank, (out, err) in zip(ranks, told, strict=True)]
 
 
