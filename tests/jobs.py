@@ -32,7 +32,6 @@ def free_port() -> int:
 def start(words: list[str], size: int, more: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
     """The ranks of a job that runs `python words...`."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **ALONE}
-    common["OMP_NUM_THREADS"] = "1"  # as torchrun does: threads of several ranks wait for each other
     ranks = []
     for rank in range(size):
         environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(more or {})}
