@@ -19,13 +19,14 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from pyro_vae.graph import CannotCapture, Compile, Graph, compile_mode
+from pyro_vae.graph import Compile, Graph, compile_mode
 from pyro_vae.layouts import Layout, Values
 from pyro_vae.log_joint import Layouts, LogJoint
 from pyro_vae.memory import Density, Evaluator, bytes_needed
 from pyro_vae.program import Program
 from pyro_vae.rows import Data, Rows, take
 from pyro_vae.seeds import seeded
+from pyro_vae.tracing import CannotCapture
 
 TILE, MOST, FEW = 2**25, 512, 16
 """Bytes that the eager evaluation of a tile would allocate, at most; its points, at most and at least."""

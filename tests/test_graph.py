@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.graph import CannotCapture, Graph, Untouched, compile_mode, restored
+from pyro_vae.graph import Graph, compile_mode
+from pyro_vae.tracing import CannotCapture, Untouched, restored
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 

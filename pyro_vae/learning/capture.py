@@ -22,7 +22,7 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.graph import CannotCapture, Graph, Untouched, restored
+from pyro_vae.graph import Graph
 from pyro_vae.learning.adam import GraphAdam, serves
 from pyro_vae.learning.objectives import ELBO, Objective, analytic_kl, sampled_kl, sites_of
 from pyro_vae.learning.steps import Stepper
@@ -30,6 +30,7 @@ from pyro_vae.learning.updates import Spent, Tally, Update
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows, take
 from pyro_vae.seeds import seeded
+from pyro_vae.tracing import CannotCapture, Untouched, restored
 
 NOISE = 1e-5
 """Deviation of a captured gradient that rounding explains, relative to the norm of all gradients together: some parameters

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pyro
 import torch
 
-from pyro_vae.graph import CannotCapture, Compile, Untouched
+from pyro_vae.graph import Compile
 from pyro_vae.learning.capture import CapturedStep
 from pyro_vae.learning.steps import Stepper
 from pyro_vae.learning.updates import Spent, Update
 from pyro_vae.rows import Rows
+from pyro_vae.tracing import CannotCapture, Untouched
 
 FIRST = 100
 """Steps that "auto" takes eagerly whatever is to come, so that a mistake shows at once."""

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vae as pv
-from pyro_vae.graph import CannotCapture
 from pyro_vae.learning.capture import CapturedStep
 from pyro_vae.rows import Rows
+from pyro_vae.tracing import CannotCapture
 
 o = pv.objectives
 

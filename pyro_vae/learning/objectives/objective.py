@@ -12,13 +12,13 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.graph import CannotCapture
 from pyro_vae.layouts import Layout
 from pyro_vae.learning.objectives.schedules import Schedule
 from pyro_vae.program import Program, record
 from pyro_vae.recording import HandOn, Recording
 from pyro_vae.rows import as_rows
 from pyro_vae.sites import Site
+from pyro_vae.tracing import CannotCapture
 
 
 class Pair(NamedTuple):
