@@ -71,8 +71,10 @@ def test_every_part_is_among_them() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*closed form:UserWarning")
-@pytest.mark.parametrize("pair", PAIRS, ids=", ".join)
-def test_every_pair_of_prior_and_guide_compiled(pair: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "pair", [pair for pair in PAIRS if "VampPrior" not in pair or "DiagonalNormal" in pair], ids=", ".join
+)
+def test_every_prior_and_every_guide_compiled(pair: tuple[str, str]) -> None:
     same(lambda: (make_pair(*pair), (columns(),)), compiled=True)
 
 
