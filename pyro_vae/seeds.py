@@ -19,16 +19,16 @@ Seed = int | tuple[int, ...]
 def derive(seed: Seed, *key: int) -> int:
     """A 63-bit seed for the sub-stream `key` of `seed`, by BLAKE2b: different keys give unrelated streams."""
     parts = (seed if isinstance(seed, tuple) else (seed,)) + key
-    for part in parts:
-        if isinstance(part, bool) or not isinstance(part, Integral):
+    if not all(type(part) is int for part in parts):  # asking for `Integral` first takes longer than all the rest
+        if not all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts):
             raise ValueError(f"seed={seed!r} must be a whole number or a tuple of them.")
-    digest = hashlib.blake2b(repr(tuple(map(int, parts))).encode(), digest_size=8).digest()
+        parts = tuple(map(int, parts))
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def reseed(seed: Seed, device: torch.device, *key: int) -> None:
-    """Seed torch's generators of the CPU and of `device` with (seed, key); inside of `kept`, which gives them back."""
-    number = derive(seed, *key)
+def start(number: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of `device` with a number; inside of `kept`, which gives them back."""
     # Not torch.manual_seed: that seeds the generators of all devices, and these alone are given back.
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
@@ -47,5 +47,5 @@ def kept(device: torch.device) -> Iterator[None]:
 def seeded(seed: Seed, device: torch.device, *key: int) -> Iterator[None]:
     """Torch's random state on the CPU and on `device` seeded with (seed, key); as before on leaving."""
     with kept(device):
-        reseed(seed, device, *key)
+        start(derive(seed, *key), device)
         yield

@@ -7,8 +7,6 @@ its work is counted, not clocked: the same graph on the same machine always runs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,15 +37,17 @@ def _operations(graph: fx.GraphModule, node: fx.Node) -> int:
     return int(count(*args, **kwargs, out_val=node.meta["val"]))
 
 
-@contextmanager
-def one_thread(*, active: bool) -> Iterator[None]:
-    """Torch's operators on one thread if `active`; as before on leaving."""
-    before = torch.get_num_threads()
-    if not active or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class one_thread:
+    """A context with torch's operators on one thread if `active`; as before on leaving."""
+
+    def __init__(self, *, active: bool) -> None:
+        self._active = active
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads() if self._active else 1
+        if self._before > 1:
+            torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        if self._before > 1:
+            torch.set_num_threads(self._before)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "bias1", "bias2")
+_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "rate", "root")
 
 
 def serves(optimiser: Optimizer, used: Sequence[Tensor]) -> bool:
@@ -114,10 +114,10 @@ def clipped(gradients: Sequence[Tensor], clip_norm: float) -> list[Tensor]:
     return [gradient * factor for gradient in gradients]
 
 
-def _numbers(group: Mapping[str, Any], step: int) -> list[float]:
-    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
-    bias1, bias2 = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
-    return [lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]), bias1, bias2]
+def _numbers(group: Mapping[str, Any], step: int) -> tuple[float, ...]:
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    rate, root = lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
+    return lr, beta1, beta2, group["eps"], group["weight_decay"], rate, root
 
 
 def _moved(
@@ -129,5 +129,5 @@ def _moved(
         leaf, gradient = (leaf - by["lr"] * decay, gradient) if decoupled else (leaf, gradient + decay)
     mean = mean + (gradient - mean) * (1.0 - by["beta1"])
     square = by["beta2"] * square + (1.0 - by["beta2"]) * gradient * gradient
-    step = (by["lr"] / by["bias1"]) * mean / (square.sqrt() / by["bias2"] + by["eps"])
+    step = by["rate"] * mean / (square.sqrt() * by["root"] + by["eps"])
     return leaf - step, mean, square

@@ -58,6 +58,7 @@ class Batches:
         if self._rows is not None:
             require_finite(self._rows, name, missing=missing)
             self.num_rows = len(self._rows[0])
+            self._rows = tuple(part.detach() for part in self._rows)
             if device.type != "cpu" and sum(part.nbytes for part in self._rows) <= RESIDENT:
                 self._rows = tuple(part.to(device) for part in self._rows)
         else:
@@ -98,13 +99,15 @@ class Batches:
 
     def at(self, order: Tensor, batch: int, team: Team = ALONE) -> Rows:
         """Batch number `batch` of an epoch in the order `order`, or of it what is this rank's; that may be no rows."""
-        whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        index = whole[team.part(len(whole))]
+        index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        if team.size > 1:
+            index = index[team.part(len(index))]
         return self._fetch(index) if len(index) else take(self.first(1), slice(0))
 
     def _fetch(self, index: Tensor) -> Rows:
-        rows = take(self._rows, index.to(self._rows[0].device)) if self._rows is not None else self._collate(index)
-        rows = tuple(part.detach().to(self.device) for part in rows)
+        rows = self._collate(index) if self._rows is None else take(self._rows, index.to(self._rows[0].device))
+        if any(part.device != self.device for part in rows):
+            rows = tuple(part.to(self.device) for part in rows)
         return rows if self.transform is None else (self.transform(rows[0]), *rows[1:])
 
     def _collate(self, index: Tensor) -> Rows:
@@ -112,7 +115,8 @@ class Batches:
         batched = getattr(self._dataset, "__getitems__", None)
         items = batched(places) if batched is not None else [self._dataset[i] for i in places]  # type: ignore[index]
         collated = default_collate(items)
-        return as_rows(tuple(collated) if isinstance(collated, list) else collated, self.name)
+        rows = as_rows(tuple(collated) if isinstance(collated, list) else collated, self.name)
+        return tuple(part.detach() for part in rows)
 
     def fingerprint(self) -> str:
         """A short text that differs for other data: sizes, dtypes and a checksum over up to 256 rows."""

@@ -22,7 +22,7 @@ FIRST = 100
 WORTH = 8_000
 """Steps left from which a compilation pays: it takes as long as the Python of so many steps."""
 
-CHECK = 1_000
+CHECK = 2_000
 """Steps after which the graph is compared with the eager step again, at the next start of an epoch."""
 
 
@@ -156,20 +156,19 @@ class Engine:
     def take(self, rows: Rows, steps_taken: int) -> None:
         """One step."""
         way = self._captured if self._captured is not None and _shapes(rows) == self._shapes else self._eager
-        if way is not self._last and isinstance(way, CapturedStep):
-            way.refresh()
-        elif way is not self._last and isinstance(self._last, CapturedStep):
-            self._spent = self._spent.and_(self._last.read())
-        self._last = way
+        if way is not self._last:
+            self._spent, self._last = self._spent.and_(self._last.read()), way
+            if isinstance(way, CapturedStep):
+                way.refresh()
         if not self._spent.failed:  # an eager step would go on from where a captured one refused to move
             way.take(rows, steps_taken)
 
     def read(self) -> Spent:
         """What the steps since the last reading came to."""
-        spent, self._spent = self._spent, Spent()
-        if self._captured is not None:
-            spent = spent.and_(self._captured.read())
-        return spent.and_(self._eager.read())
+        found = self._last.read()
+        if self._spent.steps or self._spent.failed:  # before the way was changed
+            found, self._spent = self._spent.and_(found), Spent()
+        return found
 
     def _give_up(self, reason: str) -> None:
         self.why_eager = reason

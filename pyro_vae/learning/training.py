@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from pyro_vae.learning.steps import Stepper, explain
 from pyro_vae.learning.updates import Spent, Update
 from pyro_vae.learning.validation import mean_kl, precision_gap, true_elbo
 from pyro_vae.rows import Rows
-from pyro_vae.seeds import kept, reseed
+from pyro_vae.seeds import derive, kept, start
 from pyro_vae.team import ALONE, Team
 
 Callback = Callable[[int, History], bool | None]
@@ -57,6 +58,19 @@ class _Run:
     def stop(self) -> Stop:
         """Whether a signal came."""
         return self.update.stop
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What an epoch goes by.
+
+    Attributes:
+        order: of the rows, (N,).
+        seeds: of the draws of each batch. All at once: between steps, which empty the processor's caches, one takes long.
+    """
+
+    order: Tensor
+    seeds: Sequence[int]
 
 
 @dataclass
@@ -108,7 +122,7 @@ class Training:
         state.history.precision_gap = precision_gap(program, judged, self.seed, precision)
         return state.history
 
-    @property
+    @cached_property
     def _whole(self) -> int:
         """Rows that this rank has of a whole batch."""
         part = self.team.part(min(self.batches.batch_size, self.batches.num_rows))
@@ -117,11 +131,10 @@ class Training:
     def _epoch(self, run: _Run) -> None:
         """The steps that are left of an epoch, and what comes at its end."""
         position, started = self.state.position, time.perf_counter() - self.state.position.seconds
-        order = self.batches.order((self.seed, ORDER), position.epoch)
-        unread = 0
+        plan, unread = self._plan(), 0
         with kept(self.batches.device):
             while position.batch < self.batches.num_batches:
-                self._step(order, run)
+                self._step(plan, run)
                 position.batch, unread = position.batch + 1, unread + 1
                 asked = run.stop.signal is not None
                 # All ranks look after each step: they may take steps in different ways, and must end at the same one.
@@ -155,13 +168,18 @@ class Training:
         run.stop.heed(flags)
         position.seconds = history.seconds[-1] = seconds
 
-    def _step(self, order: Tensor, run: _Run) -> None:
+    def _plan(self) -> _Plan:
+        epoch, batches = self.state.position.epoch, self.batches
+        seeds = [derive(self.seed, TRAIN, epoch, batch, *self.team.key) for batch in range(batches.num_batches)]
+        return _Plan(batches.order((self.seed, ORDER), epoch), seeds)
+
+    def _step(self, plan: _Plan, run: _Run) -> None:
         """One gradient step, with the draws of its own key; the other ranks hear of it if it fails here."""
         sent = run.update.sent
         try:
-            rows = self._rows(order)
+            rows = self._rows(plan)
             self._compile(rows, run)
-            self._take(rows, order, run)
+            self._take(rows, plan, run)
         except Exception:
             if run.update.sent == sent:
                 run.update.withdraw()
@@ -182,7 +200,7 @@ class Training:
             engine.check(rows, steps_taken, now=bool(run.callbacks))
         history.why_eager = engine.why_eager
 
-    def _take(self, rows: Rows, order: Tensor, run: _Run) -> None:
+    def _take(self, rows: Rows, plan: _Plan, run: _Run) -> None:
         """One step of the engine, its errors told in the run's words."""
         try:
             run.engine.take(rows, self._steps_taken)
@@ -194,7 +212,7 @@ class Training:
                     f"over{ranks} with batch_size={self.batches.batch_size}, choose another."
                 ) from error
             # Pyro's validation refuses a NaN parameter before there is a loss; other mistakes are told as they are.
-            if found := self._not_finite(order):
+            if found := self._not_finite(plan):
                 raise FloatingPointError(self._where(found)) from error
             raise
 
@@ -202,11 +220,11 @@ class Training:
     def _steps_taken(self) -> int:
         return self.state.position.epoch * self.batches.num_batches + self.state.position.batch
 
-    def _rows(self, order: Tensor) -> Rows:
+    def _rows(self, plan: _Plan) -> Rows:
         """This rank's rows of the batch that is next, and the random state that its step goes on with."""
-        position = self.state.position
-        reseed(self.seed, self.batches.device, TRAIN, position.epoch, position.batch, *self.team.key)
-        return self.batches.at(order, position.batch, self.team)
+        batch = self.state.position.batch
+        start(plan.seeds[batch], self.batches.device)
+        return self.batches.at(plan.order, batch, self.team)
 
     def _count(self, spent: Spent, steps: int) -> None:
         """Add to this epoch's sums what the last `steps` steps came to."""
@@ -216,13 +234,12 @@ class Training:
         position.rows += spent.rows
         if spent.failed:
             position.batch -= steps - spent.steps
-            order = self.batches.order((self.seed, ORDER), position.epoch)
             elsewhere = " in the rows of another rank, whose message says more" if self.team.size > 1 else ""
-            raise FloatingPointError(self._where(self._not_finite(order) or f"the loss is not finite{elsewhere}"))
+            raise FloatingPointError(self._where(self._not_finite(self._plan()) or f"the loss is not finite{elsewhere}"))
 
-    def _not_finite(self, order: Tensor) -> str | None:
+    def _not_finite(self, plan: _Plan) -> str | None:
         """Where the failing batch is not finite, met again with the same draws."""
-        rows = self._rows(order)
+        rows = self._rows(plan)
         return explain(self.state.program, rows) if len(rows[0]) else None
 
     def _where(self, what: str) -> str:
