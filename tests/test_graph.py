@@ -62,6 +62,37 @@ def test_what_is_held_is_seen_and_changed_in_place(compiled: bool) -> None:
     torch.testing.assert_close(made(X)[0], 5.0 * (torch.arange(3.0) + torch.tensor([0.5, 0.25, 0.125])) + 15.0)
 
 
+BASE = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+ONE, OTHER, TURNED = BASE[:5], BASE[3:], BASE[:3].t()
+SHARING: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
+    "a result twice": lambda x: [y := x * ONE, y],
+    "its argument and what it holds": lambda x: [x, ONE, x + 1.0],
+    "what it changes": lambda x: [ONE.add_(x), ONE * 2.0],
+    "views of what it changes": lambda x: [ONE[0].add_(x[0]), ONE.t()],
+    "tensors that share memory": lambda x: [ONE.add_(1.0) + OTHER],
+    "a view of what it changes, turned": lambda x: [TURNED.mul_(2.0), x @ TURNED, ONE + 0.0],
+    "its argument changed": lambda x: [x.add_(ONE), x * 2.0],
+    "a literal": lambda x: [ONE.mul_(torch.tensor([1.0, 2.0, 3.0])) + x],
+}
+
+
+@pytest.mark.parametrize("what", SHARING)
+def test_compiled_code_does_as_its_function_however_memory_is_shared(what: str) -> None:
+    """Small graphs are called without the layer that torch puts around compiled code for such cases."""
+    function, start = SHARING[what], BASE.clone()
+    made = Graph(function, (X.clone(),))
+    assert torch.equal(BASE, start)
+    try:
+        for _ in range(2):
+            mine, theirs, before = X.clone(), X.clone(), BASE.clone()
+            expected, after = [each.clone() for each in function(theirs)], BASE.clone()
+            BASE.copy_(before)
+            found = [each.clone() for each in made(mine)]
+            torch.testing.assert_close([*found, mine, BASE], [*expected, theirs, after])
+    finally:
+        BASE.copy_(start)
+
+
 def test_one_tensor_of_two_names_is_held_once_and_views_share_memory() -> None:
     weight = nn.Parameter(torch.ones(3))
     again, part = [weight, weight], weight.data[:2]

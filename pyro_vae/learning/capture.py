@@ -74,7 +74,6 @@ class CapturedStep:
             self._used = [leaf for leaf, gradient in zip(stepper.leaves, gradients, strict=True) if gradient is not None]
             if update.alone and serves(update.optimiser, self._used):
                 self._adam = GraphAdam(update.optimiser, self._used)
-                _clear(stepper.leaves)
             self._given = torch.tensor(self._changing(steps_taken) or [0.0], dtype=torch.float64)
             self._view, self._on_cpu = self._given.numpy(), rows[0].device.type == "cpu"
             self.interval = 1 if rows[0].device.type == "cpu" else INTERVAL
@@ -126,10 +125,10 @@ class CapturedStep:
         return self.tally.read()
 
     def refresh(self) -> None:
-        """Look again at what is held, as another step than a captured one was taken."""
+        """Look again at what is held, and forget its gradients, as another step than a captured one was taken."""
         if self._adam is not None:
             self._adam.refresh()
-            _clear(self._stepper.leaves)
+        _clear(self._stepper.leaves)
         self._graph.refresh()
 
     @property
