@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "data": "pyro_vae.data",
     "diagnostics": "pyro_vae.report.diagnostics",
+    "em": "pyro_vae.em",
     "evidence": "pyro_vae.evidence",
     "guides": "pyro_vae.model.guides",
     "likelihoods": "pyro_vae.model.likelihoods",
@@ -35,11 +36,13 @@ _NAMES = {
     "fit": "pyro_vae.learning.fit",
     "load": "pyro_vae.model.vae",
     "log_evidence": "pyro_vae.evidence.blocks",
+    "to_arviz": "pyro_vae.report.inference_data",
 }
 __all__ = ["__version__", *sorted([*_MODULES, *_NAMES])]
 
 if TYPE_CHECKING:
     from pyro_vae import data as data
+    from pyro_vae import em as em
     from pyro_vae import evidence as evidence
     from pyro_vae import posterior as posterior
     from pyro_vae.evidence.blocks import log_evidence as log_evidence
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from pyro_vae.report import plots as plots
     from pyro_vae.report.comparing import compare as compare
     from pyro_vae.report.comparison import Comparison as Comparison
+    from pyro_vae.report.inference_data import to_arviz as to_arviz
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ FLOORS = [
     {"posterior"},
     {"model"},  # above posterior: `VAE.impute` asks it for latents
     {"evidence", "learning"},
+    {"em"},  # its M-step learns, its E-step weighs particles, and log p(x) is their evidence
     {"report"},
     {"runs"},  # runs.py: a run on the disk, for the command line
     {"(the package)"},

@@ -120,7 +120,7 @@ class Annealed(Engine):
     """Annealed importance sampling with Hamiltonian transitions.
 
     Attributes:
-        start: where chains begin: `at_modes`, `at_guide` or `at_prior`.
+        start: where chains begin: `at_modes`, `at_guide`, `at_prior` or `at_points`.
         num_leapfrog: leapfrog steps of a transition.
         most_steps: T at most; doubled from `first_steps` until the variance of log w is below 1.
         first_steps: T at first; that of `most_steps` gives all rows the same temperatures.
@@ -135,12 +135,14 @@ class Annealed(Engine):
     name = "annealed"
     default_particles = 32
 
-    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> AnnealedSampler:
-        """See `Engine.prepare`: temperatures and step sizes, by pilot runs of 16 chains."""
+    def prepare(
+        self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET, near: Tensor | None = None
+    ) -> AnnealedSampler:
+        """See `Engine.prepare`: temperatures and step sizes, by pilot runs of 16 chains; the start has `near`."""
         positive(num_leapfrog=self.num_leapfrog, most_steps=self.most_steps, first_steps=self.first_steps)
         device = rows[0].device
         with seeded(derive(seed, 0), device):
-            start = self.start(program, rows, memory)
+            start = self.start(program, rows, memory) if near is None else self.start(program, rows, memory, near=near)
         left, schedules, num_steps = torch.arange(len(rows[0]), device=device), [], min(self.first_steps, self.most_steps)
         while len(left):
             some = start.take(left)

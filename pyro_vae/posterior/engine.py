@@ -91,8 +91,14 @@ class Engine(ABC):
     pilot_particles: ClassVar[int] = 0
 
     @abstractmethod
-    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> Sampler:
-        """A sampler for these rows; what it tunes is tuned in here, with `seed`, within `memory` bytes."""
+    def prepare(
+        self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET, near: Tensor | None = None
+    ) -> Sampler:
+        """A sampler for these rows; what it tunes is tuned in here, with `seed`, within `memory` bytes.
+
+        `near` (S, N, D), unconstrained, are points where the posterior is likely to be, those of an earlier call say: an
+        engine that searches may begin there, others leave them aside. They must not depend on the draws to come.
+        """
 
     def __call__(
         self,
@@ -102,6 +108,7 @@ class Engine(ABC):
         num_particles: int | None = None,
         seed: Seed = 0,
         memory: int = BUDGET,
+        near: Tensor | None = None,
         **settings: Any,
     ) -> Particles:
         """K weighted particles for each row.
@@ -112,6 +119,7 @@ class Engine(ABC):
             num_particles: K; None for the engine's own default.
             seed: of everything.
             memory: byte budget of the evaluations, besides the particles themselves.
+            near: points (S, N, D) where to begin, see `prepare`.
             settings: replace fields of the engine for this call.
 
         Returns:
@@ -120,7 +128,8 @@ class Engine(ABC):
         count = self.default_particles if num_particles is None else num_particles
         positive(num_particles=count, memory=memory)
         engine = replace(self, **settings) if settings else self
-        sampler = engine.prepare(program, as_rows(x), seed=derive(seed, PREPARED), memory=memory)
+        begin = {} if near is None else {"near": near}  # an engine that was written without it still serves
+        sampler = engine.prepare(program, as_rows(x), seed=derive(seed, PREPARED), memory=memory, **begin)
         if engine.pilot_particles:
             sampler = sampler.adapt(sampler.draw(engine.pilot_particles, derive(seed, PILOT)))
         return sampler.draw(count, derive(seed, REPORTED))

@@ -162,7 +162,7 @@ class Laplace(Engine):
     """Importance sampling from a mixture at the posterior modes, with the exact local covariance at each.
 
     Attributes:
-        num_starts: of the ascent: the centre of the guide, draws of the prior, and some wide draws of the guide.
+        num_starts: of the ascent: the centre of the guide, draws of the prior, some wide draws of the guide; `near` first.
     """
 
     num_starts: int = 4
@@ -170,12 +170,14 @@ class Laplace(Engine):
     default_particles = 200
     pilot_particles = 64
 
-    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> LocalSampler:
-        """See `Engine.prepare`: modes, covariances and centres."""
+    def prepare(
+        self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET, near: Tensor | None = None
+    ) -> LocalSampler:
+        """See `Engine.prepare`: modes, covariances and centres; `near` are starts, in place of draws of the prior first."""
         positive(num_starts=self.num_starts)
         with seeded(seed, rows[0].device):
-            starts = find_starts(program, rows, self.num_starts)
-            least = _least_curvature(program, rows, starts, seed)
+            starts = find_starts(program, rows, self.num_starts, near)
+            least = _least_curvature(program, rows, starts, seed, few=near is not None)
             modes, cost = find_modes(program, rows, starts, memory, least)
             modes = centred(program.log_joint(rows), modes, rows[0].dtype)
         cost += 4 * PAIRS * torch.bincount(modes.row, minlength=len(cost))
@@ -187,8 +189,21 @@ class Laplace(Engine):
 laplace = Laplace()
 
 
-def find_starts(program: Program, rows: Rows, num_starts: int) -> Tensor:
-    """The guide's centre (mean of some draws, in u), draws of the prior, draws of the guide twice as wide: (S, N, D)."""
+def find_starts(program: Program, rows: Rows, num_starts: int, near: Tensor | None = None) -> Tensor:
+    """The guide's centre (mean of some draws, in u), draws of the prior, draws of the guide twice as wide: (S, N, D).
+
+    The points `near` (M, N, D) come first. They take the place of draws of the prior; where there are not so many, of the
+    wide draws, and of the centre last.
+    """
+    if near is not None:
+        if near.shape[1:] != (shape := (len(rows[0]), program.log_joint(rows).dim)) or len(near) == 0:
+            raise ValueError(f"near has shape {tuple(near.shape)}: give (S, {shape[0]}, {shape[1]}), S at least 1.")
+        near = near[:num_starts].to(rows[0])
+        if (left := num_starts - len(near)) == 0:
+            return near
+        others = find_starts(program, rows, num_starts)
+        kept = torch.cat([others[:1], others[len(others) - (num_starts - 1) // 4 :], others[1:]])
+        return torch.cat([near, kept[:left]])
     log_joint = program.log_joint(rows)
     with torch.no_grad():
         draws = log_joint.flatten(program.sample(rows, 16)[0])
@@ -200,12 +215,13 @@ def find_starts(program: Program, rows: Rows, num_starts: int) -> Tensor:
         return torch.cat(starts)
 
 
-def _least_curvature(program: Program, rows: Rows, starts: Tensor, seed: Seed) -> Tensor:
+def _least_curvature(program: Program, rows: Rows, starts: Tensor, seed: Seed, *, few: bool = False) -> Tensor:
     """That of the starts; where these are few numbers, of the wider of the starts and of some draws of the prior.
 
-    The median deviation of four numbers may be next to nothing, and every proposal as narrow.
+    The median deviation of four numbers may be next to nothing, and every proposal as narrow; `few` says that the starts
+    hold too few draws of the prior whatever their number.
     """
-    if starts.numel() >= FEW:
+    if starts.numel() >= FEW and not few:
         return least_curvature(starts)
     with torch.no_grad(), seeded(derive(seed, SPREAD), rows[0].device):
         draws = program.log_joint(rows).flatten(program.sample_prior(rows, -(-FEW // starts[0].numel()))[0])

@@ -78,8 +78,10 @@ class FromPrior(Engine):
     name = "prior"
     default_particles = 10_000
 
-    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> Proposal:
-        """See `Engine.prepare`."""
+    def prepare(
+        self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET, near: Tensor | None = None
+    ) -> Proposal:
+        """See `Engine.prepare`; `near` is of no use here."""
         return Proposal(program, rows, memory, guided=False)
 
 
@@ -90,8 +92,10 @@ class FromGuide(Engine):
     name = "guide"
     default_particles = 1_000
 
-    def prepare(self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET) -> Proposal:
-        """See `Engine.prepare`."""
+    def prepare(
+        self, program: Program, rows: Rows, *, seed: Seed = 0, memory: int = BUDGET, near: Tensor | None = None
+    ) -> Proposal:
+        """See `Engine.prepare`; `near` is of no use here."""
         return Proposal(program, rows, memory, guided=True)
 
 

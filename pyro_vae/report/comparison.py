@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from pyro_vae.evidence.estimate import Estimate
 from pyro_vae.report.difference import Difference
 from pyro_vae.report.stacking import stacking_weights
 from pyro_vae.report.tables import text_of
+from pyro_vae.report.versions import before_arviz_one
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +166,7 @@ class Comparison:
         1.0 elpd and p are called elpd_loo and p_loo (nothing was left out here), and elpd_diff is the best minus the rest.
         """
         frame = self.to_dataframe().set_index("name")
-        count, old = int(self.common.sum()), int(metadata.version("arviz").split(".")[0]) < 1
+        count, old = int(self.common.sum()), before_arviz_one()
         best = frame.index == self.best
         table = frame.assign(
             rank=frame["rank"] - 1,

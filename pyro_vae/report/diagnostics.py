@@ -4,6 +4,9 @@
 * `latent_usage`     which latent dimensions carry something, and q(z) against p(z)
 * `convergence`      how the estimate of log p(x) grows with the number of particles
 * `rate_distortion`  how many nats a code of x takes, and what is lost, from one annealed run
+* `calibration`      whether draws of the guide, or an engine's, are posterior draws, on data simulated from the model
+* `chain_mixing`     R-hat and effective draws of Hamiltonian chains, row by row
+* `posterior_predictive`   whether the model draws data like x from the latents of x
 """
 
 from pyro_vae.report.aggregate import Aggregate
@@ -13,9 +16,13 @@ from pyro_vae.report.gaussians import FactorisedNormal, FullNormal, Gaussian
 from pyro_vae.report.growth import Convergence, Curve, convergence
 from pyro_vae.report.latents import LatentUsage, latent_usage
 from pyro_vae.report.measured import Measured
+from pyro_vae.report.mixing import Mixing, chain_mixing
+from pyro_vae.report.ranks import Calibration, calibration
+from pyro_vae.report.replicates import PosteriorPredictive, posterior_predictive
 
 __all__ = [
     "Aggregate",
+    "Calibration",
     "Convergence",
     "Curve",
     "FactorisedNormal",
@@ -24,9 +31,14 @@ __all__ = [
     "InferenceGap",
     "LatentUsage",
     "Measured",
+    "Mixing",
+    "PosteriorPredictive",
     "RateDistortion",
+    "calibration",
+    "chain_mixing",
     "convergence",
     "inference_gap",
     "latent_usage",
+    "posterior_predictive",
     "rate_distortion",
 ]

@@ -483,7 +483,7 @@ def test_the_table_of_arviz_is_that_of_its_own_compare(monkeypatch: pytest.Monke
     found = comparison_of(**log_p)
     values = {name: np.array(value) for name, value in log_p.items()}
     for version, suffix, sign in (("0.23.4", "_loo", 1.0), ("1.3.0", "", -1.0)):
-        monkeypatch.setattr("pyro_vae.report.comparison.metadata.version", lambda _, version=version: version)
+        monkeypatch.setattr("pyro_vae.report.versions.metadata.version", lambda _, version=version: version)
         table = found.to_arviz()
         wanted = ["rank", f"elpd{suffix}", f"p{suffix}", "elpd_diff", "weight", "se", "dse", "warning", "scale"]
         assert list(table.columns) == wanted

@@ -5,14 +5,18 @@ markers or words as well.
 """
 
 from pyro_vae.report.plots.bounds import inference_gap, sandwich
+from pyro_vae.report.plots.checks import calibration, predictive_check
 from pyro_vae.report.plots.comparison import comparison
 from pyro_vae.report.plots.curves import convergence, learning_curve, rate_distortion
+from pyro_vae.report.plots.decoded import manifold, samples, traversals
 from pyro_vae.report.plots.figure import save
 from pyro_vae.report.plots.histograms import pareto_k
 from pyro_vae.report.plots.latents import latent_space, latent_usage
 from pyro_vae.report.plots.pictures import images, reconstructions
+from pyro_vae.report.plots.seconds import nats_against_seconds
 
 __all__ = [
+    "calibration",
     "comparison",
     "convergence",
     "images",
@@ -20,9 +24,14 @@ __all__ = [
     "latent_space",
     "latent_usage",
     "learning_curve",
+    "manifold",
+    "nats_against_seconds",
     "pareto_k",
+    "predictive_check",
     "rate_distortion",
     "reconstructions",
+    "samples",
     "sandwich",
     "save",
+    "traversals",
 ]

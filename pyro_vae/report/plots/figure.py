@@ -33,6 +33,17 @@ LOOKS = {
 OTHERS = (Look(PURPLE, "\\\\\\", (0, (5, 1)), "v"), Look(SKY, "ooo", (0, (1, 1)), "P"))
 
 
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+DASHES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "v", "D", "P")
+
+
+def curve_look(number: int) -> Look:
+    """The look of the curve of that number, from 0, where curves are no engines; 36 of them differ."""
+    turn = (number + number // len(COLOURS)) % len(DASHES)
+    return Look(COLOURS[number % len(COLOURS)], "", DASHES[turn], MARKERS[turn])
+
+
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """A look for each name, once, in the order of the cascade: an engine's own, or the next of two others."""
     unique = [str(name) for name in dict.fromkeys(names)]
