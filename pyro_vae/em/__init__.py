@@ -1,4 +1,4 @@
-"""EM: exact where the decoder is linear, see `ppca` and `factor_analysis`; by weighted particles for any other, see `fit`."""
+"""EM: exact where the decoder is linear, `ppca` and `factor_analysis`; by weighted particles for any other, `fit`."""
 
 from pyro_vae.em.exact import factor_analysis, ppca
 from pyro_vae.em.monte_carlo import fit

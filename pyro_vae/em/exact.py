@@ -16,6 +16,7 @@ The iterations run in float64 in units in which columns have about unit variance
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -172,9 +173,14 @@ def _run(
         raise ValueError(f"tolerance={tolerance} must be a number of nats of at least 0.")
     end = climb(step, start, tolerance=tolerance, max_iterations=most, accelerate=accelerate)
     if not end.converged:
+        short = (
+            f"an estimated {end.ahead:.2g} nats a row below"
+            if math.isfinite(end.ahead)
+            else "too early to say how far below"
+        )
         warnings.warn(
-            f"EM ended after max_iterations={most}, an estimated {end.ahead:.2g} nats a row below the maximum (tolerance="
-            f"{tolerance:g}): allow more, or go on with initial=.",
+            f"EM ended after max_iterations={most}, {short} the maximum (tolerance={tolerance:g}): allow more, or go on "
+            "with initial=.",
             stacklevel=3,
         )
     return data.program(end.state, end.path, scalar=scalar, converged=end.converged)

@@ -100,6 +100,11 @@ class LinearGaussian(nn.Module, Program):
         return f"LinearGaussian({', '.join(told)})"
 
     @property
+    def missing(self) -> bool:
+        """NaN in x is a missing value."""
+        return True
+
+    @property
     def noise(self) -> Tensor:
         """s, (d,)."""
         return self.log_noise.exp().expand_as(self.mean)

@@ -1,11 +1,8 @@
-"""Monte Carlo EM against closed forms and quadrature: what it reports, where it ends, and how it goes on."""
+"""Monte Carlo EM against closed forms and quadrature: what it reports, where it ends."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from em.curve import Curve, line_data
 from linear_gaussian import LinearGaussian, kl_normal
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
@@ -21,55 +19,11 @@ from torch.optim.lr_scheduler import StepLR
 import pyro_vae as pv
 from pyro_vae.em.maximising import MStep
 from pyro_vae.em.weighing import EStep, Weighed
-from pyro_vae.learning import checkpoint
 from pyro_vae.learning.updates import Update
-from pyro_vae.posterior import Annealed, Laplace, at_points
+from pyro_vae.posterior import Annealed, at_points
 
 HMC = Annealed(start=at_points, num_leapfrog=5, first_steps=4, most_steps=4)
 ENGINES = {"modes": pv.em.monte_carlo.WARM, "chains": HMC, "guide": pv.posterior.from_guide}
-
-
-def line_data(size: int, seed: int = 0) -> Tensor:
-    """Rows around a bent line in three dimensions, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    z, noise = (torch.randn(size, n, generator=generator, dtype=torch.float64) for n in (1, 3))
-    return torch.cat([z, 0.7 * z.square() - 1.0, torch.sin(2.0 * z)], -1) + 0.4 * noise
-
-
-class Curve:
-    """z ~ N(0, 1), x ~ N(f(z), s^2 I) with a small network f: log p(x) by quadrature over z."""
-
-    def __init__(self, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.decoder = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        self.encoder = nn.Linear(3, 2).double()
-        self.log_scale = nn.Parameter(torch.tensor(-0.3, dtype=torch.float64))
-        self.program = pv.Program(self.model, self.guide)
-
-    def model(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), self.log_scale.exp()).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        loc, log_scale = self.encoder(x).unsqueeze(-1).unbind(-2)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    def log_p(self, x: Tensor) -> Tensor:
-        """log p(x) of each row by the trapezium rule on a fine grid, which is exact to rounding for such integrands."""
-        grid = torch.linspace(-9.0, 9.0, 6001, dtype=torch.float64)
-        with torch.no_grad():
-            loc, s = self.decoder(grid[:, None]), self.log_scale.exp()
-            square = ((x[None] - loc[:, None]) / s).square().sum(-1)
-            log_f = -0.5 * (square + grid[:, None].square()) - 3 * s.log() - 2.0 * math.log(2.0 * math.pi)
-        return log_f.logsumexp(0) + (grid[1] - grid[0]).log()
-
-    def state(self) -> dict[str, Tensor]:
-        modules = (("d", self.decoder), ("e", self.encoder))
-        named = {f"{at}.{name}": value for at, module in modules for name, value in module.state_dict().items()}
-        named["log_scale"] = self.log_scale
-        return {name: value.detach().clone() for name, value in named.items()}
 
 
 # What is reported
@@ -315,181 +269,6 @@ def test_a_row_without_density_costs_only_itself() -> None:
     assert all(map(math.isfinite, history.log_p + history.standard_error))
     assert math.isfinite(scale.item())
     assert scale.item() != 0.0
-
-
-# Warm starts
-
-
-def test_near_points_lower_the_cost_and_leave_the_answer() -> None:
-    """One point near the posterior does what three draws of the prior do, at 0.8 of the cost or less."""
-    known = LinearGaussian(dim=8, latent_dim=4)
-    x, program = known.draw(60), known.program(inflate=3.0, shift=6.0)
-    draws = known.posterior_mean(x) + torch.randn(60, 4, dtype=torch.float64) @ torch.linalg.cholesky(known.covariance).T
-    cold = pv.posterior.laplace.prepare(program, (x,), seed=1)
-    for starts, most in ((1, 0.7), (2, 0.8)):
-        warm = Laplace(num_starts=starts).prepare(program, (x,), seed=1, near=draws[None])
-        assert warm.cost.double().mean() < most * cold.cost.double().mean()
-        particles = warm.adapt(warm.draw(64, 2)).draw(200, 3)
-        error = pv.evidence.weights.standard_error(particles.log_weights, particles.strata)
-        found = pv.evidence.weights.log_mean_exp(particles.log_weights)
-        assert ((found - known.log_p(x)).abs() < 4.5 * error + 1e-3).all()
-        assert error.max() < 0.1
-
-
-@pytest.mark.parametrize("starts", [1, 2, 3, 9])
-def test_near_points_come_first_and_the_number_of_starts_stays(starts: int) -> None:
-    from pyro_vae.posterior.local import find_starts
-
-    known = LinearGaussian(dim=3, latent_dim=2)
-    x = known.draw(5)
-    near = torch.arange(20, dtype=torch.float64).reshape(2, 5, 2)
-    found = find_starts(known.program(), (x,), starts, near)
-    assert found.shape == (starts, 5, 2)
-    assert torch.equal(found[:2], near[:starts])
-    with pytest.raises(ValueError, match=r"near has shape \(5, 2\): give \(S, 5, 2\)"):
-        find_starts(known.program(), (x,), starts, near[0])
-
-
-def test_chains_from_points_are_unbiased() -> None:
-    """Also where the points are far off and the posterior is skewed, and the start is the Gaussian that it says it is."""
-    known = LinearGaussian(dim=3, latent_dim=2)
-    x, program = known.draw(6), known.program(inflate=1.3, shift=0.5)
-    away = torch.tensor([0.0, 0.5, 1.0, 2.0, -1.0, 3.0], dtype=torch.float64)[:, None]
-    near = known.posterior_mean(x) + away * torch.linalg.cholesky(known.covariance).sum(-1)
-    particles = HMC(program, x, num_particles=4000, seed=3, near=near[None])
-    found, error = (
-        f(particles.log_weights) for f in (pv.evidence.weights.log_mean_exp, pv.evidence.weights.standard_error)
-    )
-    assert ((found - known.log_p(x)).abs() < 4.5 * error).all()
-    assert error.max() < 0.1
-    start = at_points(program, (x,), 2**30, near=near[None])
-    u = torch.randn(7, 6, 2, dtype=torch.float64)
-    exact = dist.MultivariateNormal(near, 2.0 * known.covariance).log_prob(u)
-    assert torch.allclose(start.log_density(u), exact)
-    assert torch.allclose(start.take(torch.tensor([4, 1])).log_density(u[:, [4, 1]]), exact[:, [4, 1]])
-    draws = start.draw(20000)
-    away_from = draws - near
-    assert torch.allclose(away_from[:, 3].T @ away_from[:, 3] / 20000, 2.0 * known.covariance, atol=0.02)
-
-
-def test_an_epoch_begins_near_draws_of_the_last_one() -> None:
-    """What is kept of a row is a particle of its own: posterior draws, so of its posterior's mean and spread."""
-    known = LinearGaussian(dim=5, latent_dim=2)
-    x = known.draw(1).expand(4000, 5)
-    estep = EStep(known.program(inflate=1.5), pv.posterior.from_guide, 50, 2**30, x.new_full((4001, 2), math.nan))
-    estep((x,), 1 + torch.arange(4000), 0)
-    assert estep.points[0].isnan().all()
-    points, deviation = estep.points[1:], known.covariance.diagonal().sqrt()
-    assert ((points.mean(0) - known.posterior_mean(x[:1])[0]).abs() < 5.0 * deviation / 4000**0.5 + 0.02 * deviation).all()
-    assert torch.allclose(points.var(0), deviation.square(), rtol=0.15)
-    seen: list[Tensor | None] = []
-
-    class Watched(Laplace):
-        def prepare(self, *given: Any, near: Tensor | None = None, **told: Any) -> Any:
-            seen.append(near)
-            return super().prepare(*given, near=near, **told)
-
-    curve, rows = Curve(), line_data(20)
-    pv.em.fit(curve.program, rows, engine=Watched(num_starts=2), epochs=2, batch_size=20, progress=False)
-    assert seen[0] is None
-    assert seen[1] is not None
-    assert seen[1].shape == (1, 20, 1)
-
-
-# Going on
-
-
-def fitted(folder: Path | None, transform: Callable[[Tensor], Tensor] | None = None, **changes: Any) -> tuple[Any, ...]:
-    curve = Curve()
-    given = {
-        "engine": pv.em.monte_carlo.WARM, "num_particles": 30, "epochs": 3, "batch_size": 16, "lr": 1e-2, "fit_guide": True,
-        "transform": transform, "progress": False, "schedule": lambda o: StepLR(o, 2, gamma=0.5), **changes,
-    }  # fmt: skip
-    history = pv.em.fit(curve.program, line_data(48), line_data(16, seed=1), checkpoint=folder, **given)
-    return history, curve.state()
-
-
-class Jitter:
-    """Adds noise to rows, and calls `alarm` in its n-th call."""
-
-    def __init__(self, alarm: Callable[[], None] | None = None, at: int = -1) -> None:
-        self.alarm, self.left = alarm, at
-
-    def __repr__(self) -> str:
-        return "Jitter()"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.left -= 1
-        if self.left == 0 and self.alarm is not None:
-            self.alarm()
-        return x + 0.01 * torch.randn_like(x)
-
-
-def require_equal(first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
-    told = [{**history.to_dict(), "seconds": None} for history in (first[0], second[0])]
-    assert told[0] == told[1]
-    assert not [name for name in first[1] if not torch.equal(first[1][name], second[1][name])]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_the_middle_of_an_epoch(number: signal.Signals, tmp_path: Path) -> None:
-    whole = fitted(None, Jitter())
-    for at in (11, 8):  # calls are also made by looking at the rows first
-        alarm = Jitter(lambda: signal.raise_signal(number), at)
-        with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt):
-            fitted(tmp_path, alarm)
-    found = checkpoint.read(tmp_path)
-    assert found is not None
-    assert found[0]["state"]["position"]["epoch"] < 3
-    require_equal(fitted(tmp_path, Jitter()), whole)
-    again = fitted(tmp_path, Jitter())
-    require_equal(again, whole)
-    assert again[0].seconds == sorted(again[0].seconds)
-
-
-def test_killed_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
-    whole = fitted(None, Jitter())
-    for at in (12, 9):
-        child = os.fork()
-        if child == 0:
-            fitted(tmp_path, Jitter(lambda: os.kill(os.getpid(), signal.SIGKILL), at))
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    found = checkpoint.read(tmp_path)
-    assert found is not None
-    assert 0 < found[0]["state"]["position"]["epoch"] < 3
-    require_equal(fitted(tmp_path, Jitter()), whole)
-
-
-def test_more_epochs_go_on_and_other_settings_are_refused(tmp_path: Path) -> None:
-    fitted(tmp_path, epochs=2)
-    require_equal(fitted(tmp_path, epochs=3), fitted(None))
-    for changes, told in (
-        ({"m_steps": 2}, "m_steps was 5 and is 2"),
-        ({"num_particles": 31}, "num_particles was 30 and is 31"),
-        ({"engine": pv.posterior.laplace}, r"engine was 'Laplace\(num_starts=2\)' and is 'Laplace\(num_starts=4\)'"),
-        ({"fit_guide": False}, "fit_guide was True and is False"),
-        ({"seed": 3}, "seed was 0 and is 3"),
-    ):
-        with pytest.raises(ValueError, match=f"holds a run with other settings: .*{told}"):
-            fitted(tmp_path, **changes)
-
-
-def test_a_callback_stops_the_run_and_the_history_prints(tmp_path: Path) -> None:
-    history, _ = fitted(tmp_path, callbacks=[lambda epoch, history: epoch == 2])
-    assert len(history) == 2
-    assert history.stopped == "stopped by a callback"
-    assert repr(history).startswith("epoch 2: log p(x) -")
-    assert "validation" in repr(history)
-    assert repr(pv.em.EMHistory()) == "EMHistory: no epoch yet"
-    assert len(history.plot().get_legend().get_texts()) == 2
-    assert fitted(tmp_path)[0].stopped == "stopped by a callback"
-
-
-def test_the_budget_changes_rounding_alone() -> None:
-    wide, tight = (fitted(None, memory=memory, epochs=2) for memory in (2**30, 2**16))
-    for name, value in wide[1].items():
-        assert torch.allclose(value, tight[1][name], atol=1e-6), name
 
 
 # Bad input
