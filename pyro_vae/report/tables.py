@@ -14,5 +14,6 @@ WIDTH = 100
 def text_of(table: Table) -> str:
     """The table as lines without trailing blanks, at most `WIDTH` wide."""
     paper = io.StringIO()
-    Console(file=paper, width=WIDTH).print(table)
+    # Else rich shows it as HTML in a notebook, beside the text.
+    Console(file=paper, width=WIDTH, force_jupyter=False, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in paper.getvalue().split("\n")).strip("\n")

@@ -72,9 +72,9 @@ def test_every_part_is_among_them() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*closed form:UserWarning")
 @pytest.mark.parametrize(
-    "pair", [pair for pair in PAIRS if "VampPrior" not in pair or "DiagonalNormal" in pair], ids=", ".join
+    "pair", [pair for pair in PAIRS if "VampPrior" not in pair or "DiagonalNormal" in pair][::2], ids=", ".join
 )
-def test_every_prior_and_every_guide_compiled(pair: tuple[str, str]) -> None:
+def test_priors_and_guides_compiled(pair: tuple[str, str]) -> None:
     same(lambda: (make_pair(*pair), (columns(),)), compiled=True)
 
 
@@ -107,9 +107,13 @@ def test_every_objective(name: str) -> None:
     same(make, OBJECTIVES[name])
 
 
+# What is written down is compared for all of them above; the compiler sees every objective, and every second likelihood.
+COMPILED = list(zip(OBJECTIVES, itertools.cycle([*LIKELIHOODS][::2]), strict=False))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("likelihood", "objective"), [*zip(LIKELIHOODS, itertools.cycle(OBJECTIVES), strict=False)])
-def test_every_likelihood_and_every_objective_compiled(likelihood: str, objective: str) -> None:
+@pytest.mark.parametrize(("objective", "likelihood"), COMPILED)
+def test_objectives_and_likelihoods_compiled(objective: str, likelihood: str) -> None:
     same(lambda: vae_of("StandardNormal", likelihood, "DiagonalNormal"), OBJECTIVES[objective], compiled=True)
 
 

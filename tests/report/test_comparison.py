@@ -16,6 +16,7 @@ import torch
 from linear_gaussian import LinearGaussian, kl_normal
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from rich.table import Table
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from pyro_vae.report.comparable import remarks_on
 from pyro_vae.report.comparison import Comparison
 from pyro_vae.report.difference import Difference
 from pyro_vae.report.stacking import stacking_weights
+from pyro_vae.report.tables import text_of
 
 INF, NAN = math.inf, math.nan
 EXACT = pv.evidence.exact
@@ -566,3 +568,11 @@ def test_the_figure_tells_what_it_cannot_draw(ax: Axes) -> None:
     told = [text.get_text() for text in ax.get_legend().get_texts()]
     assert told[1].endswith("; 1 without a finite error")
     assert not told[0].endswith("error")
+
+
+def test_tables_are_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    table = Table("program", "nats")
+    table.add_row("a", "-1.5")
+    assert "program" in text_of(table)
+    assert "-1.5" in text_of(table)
