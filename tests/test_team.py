@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_vae.launch import Place
-from pyro_vae.learning import fit
+from pyro_vae.learning import preparation
 from pyro_vae.team import ALONE, Lost, Team, flat, held, joined, standing
 
 
@@ -79,12 +79,12 @@ def test_ranks_without_a_number_on_their_machine_share_no_gpu(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in ("cuda", "auto"):
         with pytest.raises(ValueError, match=r"rank 1 of 2: set LOCAL_RANK .* device='cuda:1'"):
-            fit._device(device)
-    assert fit._device("cpu") == torch.device("cpu")
+            preparation.place_of(device)
+    assert preparation.place_of("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert standing() == Place(1, 2, 1)
-    assert fit._own_gpu(standing()) == torch.device("cuda", 1)
+    assert preparation._own_gpu(standing()) == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "first")
     with pytest.raises(ValueError, match="LOCAL_RANK=first"):
         standing()

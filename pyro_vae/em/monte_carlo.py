@@ -27,7 +27,7 @@ from pyro_vae.em.record import EMHistory
 from pyro_vae.em.weighing import EStep
 from pyro_vae.learning import checkpoint as checkpoints
 from pyro_vae.learning.batches import Batches, Source, Transform
-from pyro_vae.learning.fit import _device, _forget_modules, _require_no_closure, _require_rows, _require_sensible
+from pyro_vae.learning.preparation import forget_modules, place_of, require_no_closure, require_rows, require_sensible
 from pyro_vae.learning.updates import Update
 from pyro_vae.memory import BUDGET
 from pyro_vae.model.scales import Optimal
@@ -107,9 +107,9 @@ def fit(
         OSError: the checkpoint cannot be written.
     """
     positive(num_particles=num_particles, epochs=epochs, batch_size=batch_size, m_steps=m_steps, memory=memory)
-    _require_sensible(lr, clip_norm, None, valid)
+    require_sensible(lr, clip_norm, None, valid)
     _require_serves(program, engine)
-    place = _device(device)
+    place = place_of(device)
     missing = bool(getattr(program, "missing", False))
     batches = Batches(x, "x", batch_size, place, transform, missing=missing)
     held_out = None if valid is None else Batches(valid, "valid", batch_size, place, transform, missing=missing)
@@ -117,10 +117,10 @@ def fit(
         module.to(place)
     known = set(pyro.get_param_store().keys())
     with seeded(seed, place):
-        _require_rows(program, batches, held_out, ALONE)
+        require_rows(program, batches, held_out, ALONE)
         leaves = _leaves(program, batches.first(3), place, fit_guide=fit_guide)
         made = (optimiser or functools.partial(torch.optim.Adam, lr=lr, fused=True))(list(leaves.values()))
-        _require_no_closure(made)
+        require_no_closure(made)
         update = Update(list(leaves.values()), made, clip_norm)
         rows, dim = batches.first(3), program.log_joint(batches.first(3)).dim
 
@@ -145,7 +145,7 @@ def fit(
         try:
             return training.run(epochs, callbacks=callbacks, progress=progress)
         finally:
-            _forget_modules(program, known)
+            forget_modules(program, known)
 
 
 def _require_serves(program: Program, engine: object) -> None:

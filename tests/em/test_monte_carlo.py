@@ -289,7 +289,7 @@ def test_a_row_without_density_costs_only_itself() -> None:
             ValueError,
             "x has NaN or infinite values in 4 of 4",
         ),
-        ({"valid": torch.zeros(4, 2, dtype=torch.float64)}, ValueError, "Rows of train have shapes"),
+        ({"valid": torch.zeros(4, 2, dtype=torch.float64)}, ValueError, "Rows of x have shapes"),
         ({"optimiser": torch.optim.LBFGS}, ValueError, "LBFGS needs a closure"),
     ],
 )
