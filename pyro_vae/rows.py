@@ -82,11 +82,11 @@ def _as_tensor(part: object, name: str) -> Tensor:
 
 
 def take(rows: Rows, index: Tensor | slice) -> Rows:
-    """The rows at `index`, from every tensor of the tuple."""
+    """The rows at `index`, from every tensor of the tuple, wherever it and the index live."""
     if isinstance(index, slice) or index.dtype is not torch.int64:
         return tuple(part[index] for part in rows)
-    # Several times faster than indexing, but not for every dtype.
-    return tuple(part[index] if part.dtype in _UNSIGNED else part.index_select(0, index) for part in rows)
+    # Several times faster than indexing, but not for every dtype, and only by an index on the same device.
+    return tuple(part[index] if part.dtype in _UNSIGNED else part.index_select(0, index.to(part.device)) for part in rows)
 
 
 def probe(rows: Rows, count: int) -> Rows:

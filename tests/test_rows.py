@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyro_vae.rows import as_rows, finite_rows, position, positive, probe, require_finite, row_blocks, take
 
@@ -129,6 +130,15 @@ def test_take_takes_from_every_tensor() -> None:
     first, second = take((X, y), slice(1, None))
     assert first.tolist() == [[2, 3], [4, 5]]
     assert second.tolist() == [6, 7]
+
+
+def test_an_index_on_the_cpu_takes_rows_of_a_gpu() -> None:
+    """torch's fake tensors refuse what a GPU would refuse, without one."""
+    with FakeTensorMode():
+        rows = torch.empty(5, 2, device="cuda"), torch.empty(5)
+        for few in (take(rows, torch.arange(3)), probe(rows, 3)):
+            assert [part.device.type for part in few] == ["cuda", "cpu"]
+            assert [len(part) for part in few] == [3, 3]
 
 
 def test_probe_repeats_rows_where_there_are_few() -> None:
