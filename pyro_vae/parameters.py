@@ -216,3 +216,13 @@ def require_place(modules: Mapping[str, nn.Module], rows: Rows) -> None:
                 raise ValueError(
                     f"x has dtype {x.dtype}, the parameters {leaf.dtype}: give x.to({leaf.dtype}), or convert the modules."
                 )
+
+
+def register(name: str, module: nn.Module) -> None:
+    """`pyro.module(name, module)`, after a look that no entry stands for a parameter that the module had before."""
+    store = pyro.get_param_store()
+    for inner, parameter in module.named_parameters():
+        entry = f"{name}$$${inner}"
+        if entry in store and store[entry] is not parameter:
+            del store[entry]
+    pyro.module(name, module)

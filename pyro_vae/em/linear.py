@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyro_vae.model import kl  # noqa: F401 - registers the exact KL of a full-covariance Normal
 from pyro_vae.model.families.covariance import LowRankNormal
 from pyro_vae.model.families.partial import Partial
-from pyro_vae.parameters import require_place
+from pyro_vae.parameters import register, require_place
 from pyro_vae.program import Program
 from pyro_vae.rows import Data, Rows, as_rows, require_finite, row_blocks
 
@@ -205,9 +205,4 @@ class LinearGaussian(nn.Module, Program):
         """`pyro.module` under a name of this program's own, so that plain `SVI` finds the parameters."""
         if self not in _names:
             _names[self] = f"linear_gaussian{next(_count)}"
-        name, store = _names[self], pyro.get_param_store()
-        for inner, parameter in self.named_parameters():
-            entry = f"{name}$$${inner}"
-            if entry in store and store[entry] is not parameter:
-                del store[entry]
-        pyro.module(name, self)
+        register(_names[self], self)

@@ -28,7 +28,7 @@ from pyro_vae.parameters import judging
 from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.local import laplace
 from pyro_vae.program import Program
-from pyro_vae.rows import Data, Rows, as_rows, even_blocks, positive, take
+from pyro_vae.rows import Data, Rows, as_rows, even_blocks, positive, probe, take
 from pyro_vae.seeds import derive
 
 if TYPE_CHECKING:
@@ -157,7 +157,8 @@ def sandwich(
     if x is None:
         count = 200 if num_simulated is None else num_simulated
         positive(num_simulated=count)
-        rows, exact = program.simulate(_template(program, like, count), seed=derive(seed, 0))
+        shapes = program.template(count) if like is None else probe(as_rows(like, "like"), count)
+        rows, exact = program.simulate(shapes, seed=derive(seed, 0))
         program.check(rows)
     else:
         rows, exact = as_rows(x), None
@@ -178,13 +179,6 @@ def sandwich(
     kind = SIMULATED if exact is not None else REAL
     lower, upper, lower_error, upper_error = columns
     return Sandwich(rows if len(rows) > 1 else rows[0], lower, upper, lower_error, upper_error, kind, method.name)
-
-
-def _template(program: Program, like: Data | None, count: int) -> Rows:
-    if like is None:
-        return program.template(count)
-    rows = as_rows(like, "like")
-    return take(rows, torch.arange(count, device=rows[0].device) % len(rows[0]))
 
 
 def _ready(method: Engine, program: Program, rows: Rows, key: int, memory: int) -> Sampler:

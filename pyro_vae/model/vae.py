@@ -27,7 +27,7 @@ from pyro_vae.model.guides import Guide
 from pyro_vae.model.imputation import draw_missing
 from pyro_vae.model.likelihoods import Likelihood
 from pyro_vae.model.priors import Prior
-from pyro_vae.parameters import evaluating, require_place
+from pyro_vae.parameters import evaluating, register, require_place
 from pyro_vae.posterior import laplace
 from pyro_vae.posterior.engine import Engine
 from pyro_vae.program import Program
@@ -128,15 +128,10 @@ class VAE(nn.Module, Program):
         return self.encoder.refine(q, lambda z: self.p_z(*given).log_prob(z) + self.p_x(z, *given).log_prob(x))
 
     def _register(self, role: str, module: nn.Module) -> None:
-        """`pyro.module` under a name of this VAE's own, after a look that no entry stands for a parameter it had before."""
+        """`pyro.module` under a name of this VAE's own."""
         if self not in _names:
             _names[self] = f"vae{next(_count)}"
-        name, store = f"{_names[self]}.{role}", pyro.get_param_store()
-        for inner, parameter in module.named_parameters():
-            entry = f"{name}$$${inner}"
-            if entry in store and store[entry] is not parameter:
-                del store[entry]
-        pyro.module(name, module)
+        register(f"{_names[self]}.{role}", module)
 
     def generate(self, size: int, given: Data | None = None, *, seed: Seed = 0, noise: bool = True) -> Tensor:
         """Draws from the model, (size, *event_shape).

@@ -32,7 +32,7 @@ from pyro_vae.parameters import judging
 from pyro_vae.posterior.engine import Engine
 from pyro_vae.program import Program
 from pyro_vae.report.bands import Uniform
-from pyro_vae.rows import Data, Rows, as_rows, even_blocks, positive, take
+from pyro_vae.rows import Data, Rows, as_rows, even_blocks, positive, probe, take
 from pyro_vae.seeds import Seed, derive, seeded
 
 if TYPE_CHECKING:
@@ -212,7 +212,8 @@ def calibration(
             raise ValueError(f"{name}={value} leaves no distribution to compare: give at least 2.")
     if method is not None and not isinstance(method, Engine):
         raise TypeError(f"method={method!r} is no engine: give None for the guide, or one such as pv.posterior.laplace.")
-    rows, exact = program.simulate(_template(program, like, num_simulated), seed=derive(seed, SIMULATED))
+    shapes = program.template(num_simulated) if like is None else probe(as_rows(like, "like"), num_simulated)
+    rows, exact = program.simulate(shapes, seed=derive(seed, SIMULATED))
     good, _ = program.usable_rows(rows)
     index = good.nonzero().flatten()
     if len(index) < 2:
@@ -224,13 +225,6 @@ def calibration(
             truth = {name: exact[name][part] for name in exact}
             pit[part] = _pit(program, take(rows, part), truth, num_draws, method, derive(seed, DRAWN, block), memory)
     return Calibration(names, pit, num_draws, "guide" if method is None else f"{method.name}, weighted")
-
-
-def _template(program: Program, like: Data | None, count: int) -> Rows:
-    if like is None:
-        return program.template(count)
-    rows = as_rows(like, "like")
-    return take(rows, torch.arange(count, device=rows[0].device) % len(rows[0]))
 
 
 def _names(program: Program, row: Rows, exact: Values) -> tuple[str, ...]:
