@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.evidence.estimate import Estimate
-from pyro_vae.learning.history import BLUE, VERMILION
+from pyro_vae.learning.history import BLUE, VERMILION, over_epochs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,16 +132,12 @@ class EMHistory:
         Returns:
             the Axes.
         """
-        if ax is None:
-            from matplotlib import pyplot as plt
-
-            ax = plt.subplots(layout="constrained")[1]
+        ax = over_epochs(ax, "log p(x) (nats per row)", "Monte Carlo EM")
         curves = [(self.log_p, self.standard_error, BLUE, "-", "training, while it moves")]
         if self.valid_log_p:
             curves.append((self.valid_log_p, self.valid_standard_error, VERMILION, "--", "validation"))
         for values, errors, colour, line, label in curves:
             bars = [2.0 * error for error in errors]
             ax.errorbar(self.epoch, values, yerr=bars, color=colour, linestyle=line, label=label)
-        ax.set(xlabel="epoch", ylabel="log p(x) (nats per row)", title="Monte Carlo EM")
         ax.legend(frameon=False)
         return ax

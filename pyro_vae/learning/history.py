@@ -85,10 +85,7 @@ class History:
         Returns:
             the Axes.
         """
-        if ax is None:
-            from matplotlib import pyplot as plt
-
-            ax = plt.subplots(layout="constrained")[1]
+        ax = over_epochs(ax, "ELBO (nats per row)", "Learning curve")
         ax.plot(self.epoch, self.elbo, color=BLUE, label="training, while it moves")
         if self.valid_elbo:
             ax.plot(self.epoch, self.valid_elbo, color=VERMILION, linestyle="--", label="validation")
@@ -100,6 +97,18 @@ class History:
             top, bottom = max(map(max, epochs)), min(map(min, epochs[len(self) // 10 :]))
             room = 0.05 * (top - bottom) or 1.0
             ax.set_ylim(bottom - room, top + room)
-        ax.set(xlabel="epoch", ylabel="ELBO (nats per row)", title="Learning curve")
         ax.legend(frameon=False)
         return ax
+
+
+def over_epochs(ax: Axes | None, ylabel: str, title: str) -> Axes:
+    """`ax`, or those of a new figure, with titles and whole numbers of epochs below."""
+    from matplotlib.ticker import MaxNLocator
+
+    if ax is None:
+        from matplotlib import pyplot as plt
+
+        ax = plt.subplots(layout="constrained")[1]
+    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax

@@ -75,3 +75,10 @@ def test_the_kl_at_the_end_is_the_formulas_and_a_collapse_is_told() -> None:
         assert history.collapsed is collapsed
         assert ("collapsed" in repr(history)) is collapsed
         assert f"KL {history.kl:.3g}" in repr(history)
+
+
+def test_there_are_no_half_epochs_below_a_short_curve() -> None:
+    history = pv.History(epoch=[1, 2, 3], elbo=[-3.0, -2.0, -1.5], loss=[3.0, 2.0, 1.5], seconds=[1.0, 2.0, 3.0])
+    ax = history.plot()
+    assert all(float(place).is_integer() for place in ax.get_xticks())
+    plt.close("all")

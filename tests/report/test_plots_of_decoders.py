@@ -104,6 +104,19 @@ def test_traversals_move_one_dimension_through_the_prior(ax: Axes) -> None:
     assert ax.axison
 
 
+@pytest.mark.parametrize("num_lines", [1, 2, 5])
+def test_title_and_labels_of_traversals_lie_inside_of_the_figure(num_lines: int) -> None:
+    drawn = plots.traversals(vae(5), torch.rand(1, 6), (2, 3), dims=range(num_lines))
+    figure = drawn.get_figure(root=True)
+    assert figure is not None
+    figure.canvas.draw()
+    for text in (drawn.title, drawn.xaxis.label, drawn.yaxis.label):
+        box = text.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
+    plt.close(figure)
+
+
 def test_traversals_show_ten_dimensions_unless_told(ax: Axes) -> None:
     class Wide(Told):
         def forward(self, z: Tensor, *given: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.distributions import Independent
 from pyro_vae.model import conditions
 from pyro_vae.model.vae import VAE
 from pyro_vae.parameters import evaluating
-from pyro_vae.report.plots.pictures import images
+from pyro_vae.report.plots.pictures import images, picture_size
 from pyro_vae.rows import Data, Rows, as_rows, positive
 from pyro_vae.seeds import Seed, seeded
 
@@ -30,6 +30,9 @@ PRIOR_DRAWS = 2**15
 
 MOST_TICKS = 10
 """Columns or lines that are named."""
+
+WIDTH, LABELS = 6.4, 1.0
+"""Of a figure, and what title and labels take of it, in inches."""
 
 EDGE = 0.02
 """Traversals go from this quantile of the prior to its counterpart."""
@@ -103,7 +106,8 @@ def traversals(
         quantiles = _prior_quantiles(vae, probabilities, rows[1:])
         for line, dim in enumerate(chosen):
             z[line * num : (line + 1) * num, dim] = quantiles[:, dim]
-    ax = images(_means(vae, z, rows[1:]), shape, ax, title="Traversals: E[x | z], one latent dimension a line", columns=num)
+    means, title = _means(vae, z, rows[1:]), "Traversals: E[x | z], one latent dimension a line"
+    ax = images(means, shape, _roomy(ax, picture_size(shape, means), len(chosen), num), title=title, columns=num)
     labels = [f"{p:.2g}" for p in probabilities.tolist()]
     return _labelled(ax, shape, labels, [f"z[{dim}]" for dim in chosen], "quantile of the prior", "latent dimension")
 
@@ -181,6 +185,17 @@ def _prior_quantiles(vae: VAE, probabilities: Tensor, given: Rows) -> Tensor:
     with seeded(0, place.device):
         draws = prior.sample((PRIOR_DRAWS,)).reshape(-1, dim)
     return torch.quantile(draws, wanted.to(draws), dim=0)
+
+
+def _roomy(ax: Axes | None, picture: tuple[int, int], lines: int, columns: int) -> Axes:
+    """`ax`, or those of a new figure with room for the labels of a grid, however few its lines are."""
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt
+
+    height, width = picture
+    size = WIDTH, (WIDTH - LABELS) * lines * (height + 1) / (columns * (width + 1)) + LABELS
+    return plt.subplots(figsize=size, layout="constrained")[1]
 
 
 def _labelled(

@@ -27,7 +27,7 @@ def images(x: Tensor, shape: Sequence[int], ax: Axes | None = None, *, title: st
     Raises:
         ValueError: the rows have another size than `shape`.
     """
-    height, width = _picture(shape, x)
+    height, width = picture_size(shape, x)
     pictures = x.detach().cpu().reshape(len(x), height, width).numpy()
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     lines = math.ceil(len(pictures) / columns)
@@ -45,7 +45,12 @@ def images(x: Tensor, shape: Sequence[int], ax: Axes | None = None, *, title: st
     return ax
 
 
-def _picture(shape: Sequence[int], x: Tensor) -> tuple[int, int]:
+def picture_size(shape: Sequence[int], x: Tensor) -> tuple[int, int]:
+    """(H, W) of the pictures that the rows x (N, ...) are; a shape of three may have one channel.
+
+    Raises:
+        ValueError: no rows, or rows of another size.
+    """
     if len(x) == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, that is no pictures: give at least one row.")
     plane = tuple(size for size in shape if size > 1) if len(shape) > 2 else tuple(shape)
