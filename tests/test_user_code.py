@@ -156,6 +156,27 @@ def test_parts_of_another_kind_are_refused(parts: dict[str, object], message: st
         pv.VAE(**{"prior": MyPrior(), "likelihood": MyLikelihood(), "guide": MyGuide(), **parts})  # type: ignore[arg-type]
 
 
+class OfTorch(nn.Module):
+    """Another part's distribution, of torch.distributions."""
+
+    latent_dim = 2
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *told: Tensor) -> torch.distributions.Distribution:
+        base = self.part(*told).base_dist
+        return torch.distributions.Independent(torch.distributions.Normal(base.loc, base.scale), 1)
+
+
+@pytest.mark.parametrize(("name", "make"), [("prior", MyPrior), ("likelihood", MyLikelihood), ("guide", MyGuide)])
+def test_distributions_that_pyro_cannot_draw_from_are_refused(name: str, make: type[nn.Module]) -> None:
+    parts = {"prior": MyPrior(), "likelihood": MyLikelihood(), "guide": MyGuide(), name: OfTorch(make())}
+    with pytest.raises(TypeError, match=rf"{name} is a OfTorch, which returns a Independent of torch.distributions"):
+        pv.VAE(**parts)
+
+
 class PriorOfLabels(nn.Module):
     """N(y m, s^2), told the first tensor after the rows."""
 

@@ -110,6 +110,7 @@ def require_fit(vae: Any, x: Tensor, given: Rows) -> None:
             told = _told(error, vae.prior)
             raise ValueError(f"The prior {vae.prior!r} does not go with the guide {vae.encoder!r}: {told}.") from error
         _distribution(q, "guide", vae.encoder.encoder)
+        _distribution(p, "prior", getattr(vae.prior, "module", vae.prior))
         if vae.prior.reads_guide and (made := getattr(vae.prior, "shape", x.shape[1:])) != tuple(x.shape[1:]):
             raise ValueError(f"The prior {vae.prior!r} makes up rows of shape {made}, other than the {rows}.")
         size = vae.prior.latent_dim
@@ -146,6 +147,11 @@ def _shapes(p: Any, likelihood: Likelihood) -> tuple[Any, Any]:
 def _distribution(found: Any, name: str, part: nn.Module) -> Any:
     if not hasattr(found, "event_shape"):
         raise TypeError(f"{name} is a {type(part).__name__}, which returns a {type(found).__name__}: {_wanted(name)}.")
+    if not callable(found):  # pyro.sample calls it
+        raise TypeError(
+            f"{name} is a {type(part).__name__}, which returns a {type(found).__name__} of torch.distributions, and Pyro "
+            "draws from its own alone: make it from pyro.distributions, whose names are the same."
+        )
     return found
 
 
