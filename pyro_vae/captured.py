@@ -11,10 +11,7 @@ program: a `CapturedProgram` lives for one judgement.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Hashable
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -27,6 +24,7 @@ from pyro_vae.program import Program
 from pyro_vae.rows import Data, Rows, take
 from pyro_vae.seeds import seeded
 from pyro_vae.tracing import CannotCapture
+from pyro_vae.warn import warn
 
 TILE, MOST, FEW = 2**25, 512, 16
 """Bytes that the eager evaluation of a tile would allocate, at most; its points, at most and at least."""
@@ -117,7 +115,7 @@ class Tiles:
         """Warn, once, that evaluations stay eager."""
         if not self._told:
             text = f"The evaluation goes on without compilation: {reason}."
-            warnings.warn(text, RuntimeWarning, stacklevel=_level_of_caller())
+            warn(text, RuntimeWarning)
         self._told = True
 
     def __call__(self, graph: Graph, rows: Rows, z: Values) -> Tensor:
@@ -226,17 +224,6 @@ def _others(points: tuple[Tensor, ...]) -> list[Tensor] | None:
             return None
         alone.update(differs.nonzero()[:1].flatten().tolist())
     return [place.roll(1), place.flip(0), *(torch.full_like(place, point) for point in sorted(alone))]
-
-
-def _level_of_caller() -> int:
-    """The `stacklevel` of a warning, in the function that asks, for who called the package."""
-    frame: FrameType | None = sys._getframe(1)
-    level = found = 1
-    while frame is not None:
-        level += 1
-        found = level if str(frame.f_globals.get("__name__")).startswith("pyro_vae.") else found
-        frame = frame.f_back
-    return found
 
 
 def _close(found: Tensor, should: Tensor, dtype: torch.dtype) -> bool:

@@ -83,7 +83,7 @@ class Training:
         """Go on from where the checkpoint is, to the last epoch."""
         self._resume()
         total = epochs * self.batches.num_batches
-        with noted(active=self.checkpoint is not None) as stop, Display(total, show=progress) as display:
+        with noted(active=self.checkpoint is not None) as stop, Display(total, show=progress, name="log p(x)") as display:
             while self.epoch < epochs and not self.history.stopped:
                 self._epoch(stop, display)
                 if any([callback(self.epoch, self.history) for callback in callbacks]):
@@ -103,7 +103,6 @@ class Training:
             self.seconds = time.perf_counter() - started
             done = self.epoch * self.batches.num_batches + self.batch
             display.step(done, self.epoch + 1, self.sums.mean)
-            display.say(self._told())
             if stop.signal is not None:
                 self._save()
                 stop.leave()
@@ -134,7 +133,8 @@ class Training:
         valid = self._validated()
         self.history.note(self.sums, valid, float(self.optimiser.param_groups[0]["lr"]))
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums()
-        display.say(self._told())
+        if valid is not None:
+            display.validated(valid.mean)
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step((self.history.valid_log_p or self.history.log_p)[-1])
         elif self.schedule is not None:
@@ -151,12 +151,6 @@ class Training:
             index = order[batch * batches.batch_size :][: batches.batch_size]
             sums.add(estep(rows, index, derive(self.seed, VALID, WEIGHED, batch))[1])
         return sums
-
-    def _told(self) -> str:
-        """What the progress bar says."""
-        valid = f"  validation {self.history.valid_log_p[-1]:9.3f}" if self.history.valid_log_p else ""
-        log_p = self.sums.mean if self.sums.rows else self.history.log_p[-1]
-        return f"epoch {min(self.epoch + 1, len(self.history) + 1)}  log p(x) {log_p:9.3f}{valid}"
 
     def _where(self, what: str) -> str:
         kept_at = "" if self.checkpoint is None else f" {self.checkpoint} keeps the last good state."

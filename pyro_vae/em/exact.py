@@ -17,7 +17,6 @@ The iterations run in float64 in units in which columns have about unit variance
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from pyro_vae.em.linear import LinearGaussian
 from pyro_vae.em.standard import Standard, standardise
 from pyro_vae.em.steps import CompleteRows, State, Step, each, shared
 from pyro_vae.rows import Data, positive
+from pyro_vae.warn import warn
 
 MOST = 10_000
 """Iterations at most, unless told."""
@@ -148,11 +148,10 @@ def factor_analysis(
     program = _run(data, step, start, tolerance, max_iterations, accelerate=accelerate, scalar=False)
     share = (program.noise.detach().double() / data.unit).square()
     if len(low := (share <= floor * 1.001).nonzero().flatten().tolist()):
-        warnings.warn(
+        warn(
             f"A Heywood case: the likelihood rises until the noise of {len(low)} of {len(share)} columns (first of column "
             f"{low[0]}) is zero, so it was held at floor={floor:g} of their variance: use fewer latent dimensions than "
-            f"{latent_dim}, or more rows.",
-            stacklevel=2,
+            f"{latent_dim}, or more rows."
         )
     return program
 
@@ -178,10 +177,9 @@ def _run(
             if math.isfinite(end.ahead)
             else "too early to say how far below"
         )
-        warnings.warn(
+        warn(
             f"EM ended after max_iterations={most}, {short} the maximum (tolerance={tolerance:g}): allow more, or go on "
-            "with initial=.",
-            stacklevel=3,
+            "with initial=."
         )
     return data.program(end.state, end.path, scalar=scalar, converged=end.converged)
 

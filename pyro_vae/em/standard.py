@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from pyro_vae.em.linear import LinearGaussian
 from pyro_vae.em.steps import CompleteRows, PartialRows, Pool, State, Step, each, shared
 from pyro_vae.rows import Data, as_rows, require_finite, row_blocks
+from pyro_vae.warn import warn
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,7 @@ def _refuse_constant(mean: Tensor, variance: Tensor, counts: Tensor, pool: Pool)
     if len(constant) == len(mean):
         raise ValueError(f"{found}: the noise would be zero and the density without bound.")
     if pool is shared:
-        warnings.warn(
-            f"{found}: the model predicts them without error, so the noise is smaller than the others need.", stacklevel=4
-        )
+        warn(f"{found}: the model predicts them without error, so the noise is smaller than the others need.")
     else:
         raise ValueError(
             f"{found}: the noise of such a column would be zero and the density without bound. Drop these columns, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import pyro
@@ -15,6 +14,7 @@ from pyro_vae.learning.steps import Stepper
 from pyro_vae.learning.updates import Spent, Update
 from pyro_vae.rows import Rows
 from pyro_vae.tracing import CannotCapture, Untouched
+from pyro_vae.warn import warn
 
 FIRST = 100
 """Steps that "auto" takes eagerly whatever is to come, so that a mistake shows at once."""
@@ -145,11 +145,10 @@ class Engine:
         if self._doubts > 1:
             return self._give_up(f"{wrong}: the program reads something that changes while it trains and is no tensor")
         if not now:  # else a callback has just changed it
-            warnings.warn(
+            warn(
                 f"Somewhere in steps {since} to {steps_taken} the program changed and the captured step did not ({wrong}): "
                 "it is captured anew. Make what changes a tensor that is changed in place, or a schedule of the objective.",
                 RuntimeWarning,
-                stacklevel=2,
             )
         self.capture(rows, steps_taken)
 
@@ -172,7 +171,7 @@ class Engine:
 
     def _give_up(self, reason: str) -> None:
         self.why_eager = reason
-        warnings.warn(f"Training goes on without compilation: {reason.rstrip('.')}.", RuntimeWarning, stacklevel=2)
+        warn(f"Training goes on without compilation: {reason.rstrip('.')}.", RuntimeWarning)
 
 
 def _shapes(rows: Rows) -> list[tuple[torch.Size, torch.dtype]]:

@@ -14,14 +14,15 @@ from pyro_vae.learning.history import History
 
 
 class Display:
-    """A progress bar over the batches of all epochs, with the true ELBO of a row.
+    """A progress bar over the batches of all epochs, with the mean of a row: of its ELBO, or of log p(x).
 
     Args:
         total: batches in all.
         show: True, False, or None for "where the output is a terminal or a notebook".
+        name: what is shown of the rows.
     """
 
-    def __init__(self, total: int, *, show: bool | None) -> None:
+    def __init__(self, total: int, *, show: bool | None, name: str = "ELBO") -> None:
         console = Console(stderr=True)
         # In a notebook rich draws with ipywidgets, and warns at each step where that is missing.
         notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
@@ -36,7 +37,7 @@ class Display:
             disable=not visible,
         )
         self._task = self._bar.add_task("fit", total=total)
-        self._valid = ""
+        self._name, self._valid = name, ""
         self._total, self._next = total, 0.0
 
     def __enter__(self) -> Display:
@@ -46,21 +47,21 @@ class Display:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def step(self, done: int, epoch: int, elbo: float) -> None:
-        """Show that `done` batches are done and the running ELBO of this epoch in nats a row, ten times a second."""
+    def step(self, done: int, epoch: int, mean: float) -> None:
+        """Show that `done` batches are done and the running mean of this epoch in nats a row, ten times a second."""
         now = time.perf_counter()
         if now < self._next and done < self._total:
             return
         self._next = now + 0.1
-        self._bar.update(self._task, completed=done, description=f"epoch {epoch}  ELBO {elbo:9.3f}{self._valid}")
+        self._bar.update(self._task, completed=done, description=f"epoch {epoch}  {self._name} {mean:9.3f}{self._valid}")
 
     def say(self, what: str) -> None:
         """Show what is going on beside the steps."""
         self._bar.update(self._task, description=what)
 
-    def validated(self, elbo: float) -> None:
-        """Show the latest validation ELBO from now on."""
-        self._valid = f"  validation {elbo:9.3f}"
+    def validated(self, mean: float) -> None:
+        """Show the latest mean of the validation rows from now on."""
+        self._valid = f"  validation {mean:9.3f}"
 
 
 class Scalars:

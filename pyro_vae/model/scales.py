@@ -8,7 +8,6 @@ before training, see `Scale.check_training`.
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from pyro_vae.model.component import Component, positive_from
 from pyro_vae.model.conditions import apply
 from pyro_vae.rows import positive, row_blocks
+from pyro_vae.warn import warn
 
 
 class Scale(Component):
@@ -201,10 +201,7 @@ def _check_constant_columns(x: Tensor, *, shared: bool) -> None:
     columns = constant.nonzero().flatten().tolist()
     found = f"{len(columns)} of {len(constant)} columns of x are constant (the first is column {columns[0]})"
     if shared:
-        warnings.warn(
-            f"{found}: the model predicts them without error, so the learned scale is smaller than the others need.",
-            stacklevel=2,
-        )
+        warn(f"{found}: the model predicts them without error, so the learned scale is smaller than the others need.")
     else:
         raise ValueError(
             f"{found}: with a scale of its own such a column has a density without bound. Drop these columns, "

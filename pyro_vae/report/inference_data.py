@@ -20,8 +20,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,9 @@ from pyro_vae.report.predictive import draw_observed, observed_values
 from pyro_vae.rows import Data, Rows, as_rows, positive
 from pyro_vae.seeds import Seed, derive, seeded
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 GROUPS = (
     "posterior",
     "sample_stats",
@@ -52,6 +56,9 @@ GROUPS = (
     "log_evidence",
 )
 """In the order in which they come."""
+
+SEEN = ("observed_data", "posterior_predictive", "prior_predictive")
+"""Groups of what the program observes."""
 
 POSTERIOR, PRIOR, PREDICTED, PRIOR_PREDICTED, EVIDENCE = range(5)
 """Sub-streams of the seed."""
@@ -73,7 +80,11 @@ def to_arviz(
 ) -> Any:
     """Posterior and prior draws, predictive draws, densities and data of `x`, for ArviZ.
 
-    Every drawn variable has the dimensions chain, draw and row, then those of one row's value.
+    Every drawn variable has the dimensions chain, draw and row, then those of one row's value. What a discrete likelihood
+    observes and predicts has an integer type, unless values are missing or are not whole numbers.
+
+    ArviZ 1.x draws `plot_ppc_pit` and `plot_ppc_interval` of data with one dimension only. Where a row has several numbers,
+    give one row, `az.plot_ppc_pit(data, coords={"row": 0})`, or for the PIT of all numbers together `method="prit_c"`.
 
     Args:
         program: a `VAE` or any `Program`.
@@ -160,6 +171,9 @@ class _Export:
             found |= self._of_prior(wanted, num_draws, seed)
         if "observed_data" in wanted and self.sites:
             found["observed_data"] = self.labels.dataset(self._observed(), (ROW,))
+        for site in self.sites.values():
+            if site.discrete:
+                _count([found[name] for name in SEEN if name in found], site.name)
         if self.given:
             found["constant_data"] = self.labels.dataset(self.given, (ROW,))
         if estimate is not None:
@@ -208,6 +222,19 @@ class _Export:
         with torch.no_grad(), seeded(0, self.rows[0].device):
             z = {name: value[0] for name, value in self.program.sample(self.rows, 1)[0].items()}
         return observed_values(self.program, self.rows, z, tuple(self.sites))
+
+
+def _count(datasets: list[xr.Dataset], name: str) -> None:
+    """Make a discrete variable an integer where all its values are whole: ArviZ tells counts from densities by the type."""
+    counts = []
+    for dataset in datasets:
+        value = dataset[name].values
+        with np.errstate(invalid="ignore"):  # NaN
+            counts.append(value.astype(f"int{8 * value.itemsize}") if value.dtype.kind == "f" else value)
+        if not np.array_equal(counts[-1], value):
+            return
+    for dataset, count in zip(datasets, counts, strict=True):
+        dataset[name] = dataset[name].copy(data=count)
 
 
 def _likelihood(log_joint: LogJoint, z: Values) -> Tensor:

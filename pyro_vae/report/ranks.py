@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from pyro_vae.parameters import judging
 from pyro_vae.posterior.engine import Engine
 from pyro_vae.program import Program
 from pyro_vae.report.bands import Uniform
+from pyro_vae.report.groups import CHAIN, DRAW, Labels, gathered
 from pyro_vae.rows import Data, Rows, as_rows, even_blocks, positive, probe, take
 from pyro_vae.seeds import Seed, derive, seeded
 
@@ -138,6 +139,16 @@ class Calibration:
         frame = pd.DataFrame({name: getattr(self, name).cpu().numpy() for name in columns})
         frame.insert(0, "quantity", list(self.names))
         return frame
+
+    def to_arviz(self) -> Any:
+        """The PIT where ArviZ looks for it: `az.plot_ecdf_pit(result.to_arviz())` of ArviZ 1.x draws their ECDF.
+
+        Group "prior_sbc", variable "pit" with one chain, a draw for each simulated row that has draws, and the quantities.
+        ArviZ 0.x has no such function; its `plot_ecdf` takes the numbers: see `plots.calibration`, which does the same.
+        """
+        labels = Labels({"pit": (len(self.names),)}, len(self), {"pit": ["quantity"]}, {"quantity": self.names})
+        known = self.pit[self.known]
+        return gathered({"prior_sbc": labels.dataset({"pit": known[None]}, (CHAIN, DRAW), method=self.engine)})
 
     def __repr__(self) -> str:
         """How many quantities leave the band, the worst of them, and what is wrong with it."""

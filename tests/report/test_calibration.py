@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import arviz as az
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from linear_gaussian import LinearGaussian
+from matplotlib import pyplot as plt
 from programs import Several
 from scipy import stats
 
 import pyro_vae as pv
 from pyro_vae.report.diagnostics import Calibration, calibration
 from pyro_vae.report.ranks import LOG_JOINT, SIMULATED
+from pyro_vae.report.versions import before_arviz_one
 from pyro_vae.seeds import derive
 
 KNOWN = LinearGaussian()
@@ -218,6 +222,28 @@ def test_it_prints_itself_and_makes_a_table() -> None:
     frame = result.to_dataframe()
     assert list(frame.columns) == ["quantity", "p_value", "adjusted", "outside", "mean", "spread"]
     assert frame["quantity"].tolist() == ["z[0]", "z[1]", "z[2]", LOG_JOINT]
+
+
+def test_arviz_finds_the_pit_of_each_quantity(tmp_path: Path) -> None:
+    result = checked(num_simulated=60)
+    result.pit[7] = torch.nan
+    data = result.to_arviz()
+    pit = data["prior_sbc"]["pit"]
+    assert pit.dims == ("chain", "draw", "quantity")
+    assert pit["quantity"].values.tolist() == ["z[0]", "z[1]", "z[2]", LOG_JOINT]
+    assert np.array_equal(pit.values, result.pit[result.known][None].numpy())
+    data.to_netcdf(str(tmp_path / "pit.nc"))
+    assert np.array_equal(az.from_netcdf(str(tmp_path / "pit.nc"))["prior_sbc"]["pit"].values, pit.values)
+    few = ["z[1]", LOG_JOINT]
+    if before_arviz_one():
+        for name in few:
+            numbers = pit.sel(quantity=name).values.ravel()
+            az.plot_ecdf(numbers, cdf=stats.uniform.cdf, eval_points=np.linspace(0.0, 1.0, 50), difference=True)
+    else:
+        az.plot_ecdf_pit(data, coords={"quantity": few})
+        assert len(plt.gcf().axes) == 2
+    assert all(ax.lines or ax.collections for number in plt.get_fignums() for ax in plt.figure(number).axes)
+    plt.close("all")
 
 
 def test_holms_p_values_and_rows_without_draws() -> None:

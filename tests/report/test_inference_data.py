@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,59 @@ def test_conditions_of_a_vae_and_missing_values() -> None:
     assert (found[..., 1] == 0.0).all()
 
 
+def counts_of(x: Tensor, **settings: Any) -> Any:
+    """What `to_arviz` makes of counts, one a row, that are Poisson with the rate exp(1 + z)."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Poisson((1.0 + z).exp()), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * (x + 0.5).log(), 0.5))
+
+    return pv.to_arviz(pv.Program(model, guide), x, method=guide, num_draws=30, **settings)
+
+
+OBSERVED = ("observed_data", "posterior_predictive", "prior_predictive")
+
+
+@pytest.mark.parametrize(("given", "kind"), [(torch.float32, "int32"), (torch.float64, "int64")])
+def test_counts_are_integers(given: torch.dtype, kind: str) -> None:
+    x = torch.tensor([0, 3, 1, 12, 2]).to(given)
+    data = counts_of(x)
+    assert data["observed_data"]["x"].dtype == kind
+    assert data["observed_data"]["x"].values.tolist() == [0, 3, 1, 12, 2]
+    assert all(data[group]["x"].dtype.kind == "i" for group in OBSERVED)
+    assert data["observed_data"]["x"].dims == ("row",)
+    assert data["posterior_predictive"]["x"].shape == (1, 30, 5)
+    assert data["posterior"]["z"].dtype.kind == "f"
+
+
+def test_densities_levels_and_missing_values_stay_as_they_are() -> None:
+    def vae(likelihood: nn.Module) -> pv.VAE:
+        guide = pv.guides.DiagonalNormal(pv.nets.MLP(4, hidden=(4,)), latent_dim=2)
+        return pv.VAE(prior=pv.priors.StandardNormal(2), likelihood=likelihood, guide=guide)
+
+    def net() -> nn.Module:
+        return pv.nets.MLP(2, 4, hidden=(4,))
+
+    whole = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    holes = whole.clone()
+    holes[1, 2] = torch.nan
+    levels = pv.likelihoods.DiscretisedLogistic(net(), pv.likelihoods.Learned(), levels=17)
+    for likelihood, x in (
+        (pv.likelihoods.Normal(net(), scale=0.5), whole),
+        (levels, whole * 3.0 / 16.0),
+        (pv.likelihoods.Bernoulli(net(), missing=True), holes),
+    ):
+        program = vae(likelihood)
+        data = pv.to_arviz(program, x, method=program.guide, num_draws=8)
+        assert all(data[group]["x"].dtype == "float32" for group in OBSERVED)
+        torch.testing.assert_close(tensor(data, "observed_data", "x"), x, equal_nan=True)
+
+
 def chained() -> pv.Program:
     """Two observed sites, the second around three times what the first returned, and a factor that nobody observes."""
 
@@ -433,14 +486,27 @@ NEW: list[tuple[str, dict[str, Any]]] = [
     ("plot_rank", latents("z1")),
     ("plot_ess", latents("z1")),
     ("plot_prior_posterior", latents("z1")),
+    ("plot_ppc_pit", {"coords": {"row": 1}}),
+    ("plot_ppc_pit", {"method": "prit_c"}),
+    ("plot_ppc_interval", {"coords": {"row": 1}}),
+    ("plot_ppc_tstat", {"t_stat": "mean"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "settings"), OLD if before_arviz_one() else NEW)
 def test_the_plots_that_make_sense_draw_it(several: Any, name: str, settings: dict[str, Any]) -> None:
     getattr(az, name)(several, **settings)
-    drawn: Sequence[Any] = [line for number in plt.get_fignums() for ax in plt.figure(number).axes for line in ax.lines]
-    patches = [patch for number in plt.get_fignums() for ax in plt.figure(number).axes for patch in ax.patches]
-    artists = [item for number in plt.get_fignums() for ax in plt.figure(number).axes for item in ax.collections]
-    assert drawn or patches or artists
+    require_drawn()
+
+
+@pytest.mark.parametrize("name", ["plot_ppc", "plot_bpv"] if before_arviz_one() else ["plot_ppc_rootogram", "plot_ppc_pit"])
+def test_the_plots_for_counts_draw_them(name: str) -> None:
+    getattr(az, name)(counts_of(torch.tensor([0.0, 3.0, 1.0, 12.0, 2.0])))
+    require_drawn()
+
+
+def require_drawn() -> None:
+    """Some figure has something in it; all of them are closed."""
+    axes = [ax for number in plt.get_fignums() for ax in plt.figure(number).axes]
+    assert any([*ax.lines, *ax.patches, *ax.collections] for ax in axes)
     plt.close("all")

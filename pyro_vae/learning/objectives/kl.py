@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from pyro_vae.sites import Site
+from pyro_vae.warn import warn
 
 KL = Callable[[Site, Site], Tensor]
 """(guide site, model site) -> KL of one latent, of the sites' batch shape, in nats, differentiable."""
@@ -52,4 +52,4 @@ def _factors(distribution: Any) -> Any:
 def tell_sampled(q: Site, p: Site) -> None:
     """Warn that the KL of this pair is sampled; whoever calls it counts how often, not Python's registry of warnings."""
     text = f"torch has no closed form for KL({q.family} || {p.family}) of latent {q.name!r}: it is sampled."
-    warnings.warn_explicit(text, UserWarning, __file__, 1, registry={})
+    warn(text, again=True)
