@@ -38,7 +38,7 @@ from pyro_vae.rows import Rows, positive
 from pyro_vae.seeds import seeded
 from pyro_vae.team import ALONE, standing
 
-WARM = Laplace(num_starts=2)
+WARM = Laplace(num_starts=2, num_further=0)
 """The default engine: modes from the point of the last epoch and the centre of the guide."""
 
 

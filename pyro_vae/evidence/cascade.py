@@ -44,7 +44,7 @@ REFINED_FROM = 256
 SAFETY = 1.3
 """More particles than the pilot says the target needs, because pilots err."""
 
-STARTS_TO_CHECK_GUIDE, STARTS_TO_CHECK = 4, 16
+STARTS_TO_CHECK_GUIDE, STARTS_TO_CHECK = 8, 16
 """Fresh starts that look for modes that a sampler does not cover."""
 
 APART = 4.0

@@ -15,8 +15,8 @@ from torch import Tensor
 from pyro_vae.memory import at_u, gradient_rows, in_chunks
 from pyro_vae.posterior.ascent import ascend
 from pyro_vae.posterior.engine import Sampler
-from pyro_vae.posterior.local import COVERED, DOUBTFUL_SHARE, find_starts
-from pyro_vae.posterior.modes import ASCENT_STEPS
+from pyro_vae.posterior.local import COVERED, find_starts
+from pyro_vae.posterior.modes import ASCENT_STEPS, DOUBTFUL_SHARE
 from pyro_vae.program import Program
 from pyro_vae.rows import Rows
 from pyro_vae.seeds import Seed, seeded

@@ -4,8 +4,9 @@ From several starts the ascent finds the modes (`modes`); one step of Gaussian v
 2009, eq. 13) moves each Gaussian from the mode to about the mean of its bump, which halves the variance of the weights
 where a posterior is skewed; the mixture of all of them (`mixture`) is drawn from and weighted. The mean weight is unbiased
 for p(x), whatever the modes; a mode that no start reached costs variance, and more than anyone can see if it lies far away.
-So a row in which a mode of some mass was reached by one start alone is in doubt: where one of S starts finds what no other
-does, the next start may as well (Good 1953). On a ridge every start ends elsewhere; there a mode counts as found again
+So where the first starts do not agree on one mode, further ones are climbed from; and a row in which a mode of some mass
+was reached by one start alone is in doubt: where one of S starts finds what no other does, the next start may as well
+(Good 1953). On a ridge every start ends elsewhere; there a mode counts as found again
 where the peaks of the other starts cover it. A long shoulder without a mode of its own is covered thinly; the cascade
 looks for such mass from outside (`coverage`), a direct call does not.
 """
@@ -25,7 +26,7 @@ from pyro_vae.memory import BUDGET, at_u, in_chunks
 from pyro_vae.posterior.derivatives import Local, value_and_gradient
 from pyro_vae.posterior.engine import Engine, Sampler
 from pyro_vae.posterior.mixture import Mixture
-from pyro_vae.posterior.modes import LARGEST_DENSE, Modes, find_modes, join, least_curvature
+from pyro_vae.posterior.modes import COMMON, DOUBTFUL_SHARE, LARGEST_DENSE, Modes, find_modes, join, least_curvature
 from pyro_vae.posterior.particles import Particles, rounding_error
 from pyro_vae.posterior.refinement import learnt, nearest_shape, tuned, with_peak
 from pyro_vae.posterior.secants import with_kinks
@@ -50,14 +51,8 @@ KINKED_MOVES = 6
 LONGEST_MOVE = 1.0
 """In standard deviations: a longer one says that the Gaussian is no picture of the bump."""
 
-DOUBTFUL_SHARE = 0.01
-"""Modes found by one start alone with more of the mass than this leave a row in doubt."""
-
 COVERED = 3.0
 """Log of the largest relative weight at a mode that other peaks, or another proposal, are said to cover."""
-
-COMMON = 0.05
-"""Where more rows than this are in doubt, so are all."""
 
 HESSIAN = 4
 """Passes through the decoder for each dimension that a refinement costs at most: one Hessian for each new peak."""
@@ -163,9 +158,12 @@ class Laplace(Engine):
 
     Attributes:
         num_starts: of the ascent: the centre of the guide, draws of the prior, some wide draws of the guide; `near` first.
+        num_further: more of them, all draws of the prior, in rows where the first ones lead to different modes, and in all
+            rows where many have several modes. One start has nothing to disagree with: it has no further ones.
     """
 
     num_starts: int = 4
+    num_further: int = 16
     name = "laplace"
     default_particles = 200
     pilot_particles = 64
@@ -178,7 +176,11 @@ class Laplace(Engine):
         with seeded(seed, rows[0].device):
             starts = find_starts(program, rows, self.num_starts, near)
             least = _least_curvature(program, rows, starts, seed, few=near is not None)
-            modes, cost = find_modes(program, rows, starts, memory, least)
+            if self.num_starts > 1 and self.num_further:
+                with torch.no_grad():
+                    further = program.sample_prior(rows, self.num_further)[0]
+                    starts = torch.cat([starts, program.log_joint(rows).flatten(further)])
+            modes, cost = find_modes(program, rows, starts, memory, least, self.num_starts)
             modes = centred(program.log_joint(rows), modes, rows[0].dtype)
         cost += 4 * PAIRS * torch.bincount(modes.row, minlength=len(cost))
         mixture = Mixture.at(modes, len(rows[0]))

@@ -2,7 +2,8 @@
 
 Near a mode m the log joint is v - (u - m)' P (u - m) / 2 with P the negative Hessian. A start that ended where this form
 already gives as much density as there is belongs to that mode; what the form does not explain is another one. So rows with
-one mode, most of them, pay for one Newton run, whatever the number of starts.
+one mode, most of them, pay for one Newton run, whatever the number of starts. Where the first starts do not agree on one
+mode, there may be more that none of them has met: there further starts are climbed from.
 
 Reaching the neighbourhood of a mode is cheap (one gradient a step), Hessians are not (D gradients each): the ascent runs on
 all starts, Newton on the best start of each row, then on the best start that is not yet explained, and so on. Above D = 256
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ DEPTH = 8.0
 
 LARGEST_DENSE = 256
 """D up to which Hessians are built."""
+
+DOUBTFUL_SHARE = 0.01
+"""Mass of a row that may be overlooked."""
+
+COMMON, FEW_ROWS = 0.05, 32
+"""Rows of one model are alike: where so many of them have several modes, so may those whose starts agree by luck. Of fewer
+rows than `FEW_ROWS` nothing is known."""
 
 ASCENT_STEPS, LONG_ASCENT_STEPS, NEWTON_STEPS = 40, 200, 4
 """At most; the long ascent is the one without a Newton run after it."""
@@ -88,7 +96,12 @@ def unit_modes(row: Tensor, u: Tensor) -> Modes:
 
 
 def find_modes(
-    program: Program, rows: Rows, starts: Tensor, memory: int = BUDGET, least: Tensor | None = None
+    program: Program,
+    rows: Rows,
+    starts: Tensor,
+    memory: int = BUDGET,
+    least: Tensor | None = None,
+    first: int | None = None,
 ) -> tuple[Modes, Tensor]:
     """The modes that starts lead to.
 
@@ -98,6 +111,8 @@ def find_modes(
         starts: (S, N, D), unconstrained.
         memory: byte budget: rows are worked on so many at a time as it holds.
         least: see `shapes.positive`; None for that of the starts.
+        first: so many starts are climbed from in all rows, the others where these lead to different modes, or in all rows
+            where many have several modes; None for all.
 
     Returns:
         the modes, at least one for each row, ordered by row and then by mass, largest first (a row without a finite density
@@ -106,10 +121,20 @@ def find_modes(
     log_joint, num_rows, device = program.log_joint(rows), len(rows[0]), starts.device
     step = gradient_rows(program, rows, starts, memory)
     least = least_curvature(starts) if least is None else least
+    first = len(starts) if first is None else first
     cost = torch.zeros(num_rows, dtype=torch.long, device=device)
-    parts = []
+    parts, several = [], 0
     for index in torch.arange(num_rows, device=device).split(step):
-        for modes in _find_modes(log_joint.take(index), starts[:, index], least, cost[index[0] : index[-1] + 1]):
+        search = _Search(log_joint.take(index), starts[:, index], least, cost[index[0] : index[-1] + 1])
+        everyone = torch.arange(len(index), device=device)
+        search.climb(slice(first), everyone)
+        search.settle()
+        if first < len(starts):
+            seen, several = int(index[-1]) + 1, several + int(search.several().sum())
+            alike = seen < FEW_ROWS or several > COMMON * seen
+            search.climb(slice(first, None), everyone if alike else search.disagreeing().nonzero().flatten())
+            search.settle()
+        for modes in search.found:
             # A density that overflows next to its mode has no shape there: as if there were no mode.
             modes = modes.take(torch.isfinite(modes.log_mass).nonzero().flatten())
             parts.append(Modes(index[modes.row], modes.u, modes.value, modes.shape, modes.visits))
@@ -132,30 +157,74 @@ def least_curvature(starts: Tensor) -> Tensor:
     return 0.25 / torch.nan_to_num(spread, nan=1.0).square().clamp_min(1e-6)
 
 
-def _find_modes(log_joint: LogJoint, starts: Tensor, least: Tensor, cost: Tensor) -> list[Modes]:
-    """The modes of some rows, in the order of the rounds that found them; adds to `cost`, (N,)."""
-    count, num_rows, dim = starts.shape
-    row = torch.arange(num_rows, device=starts.device).repeat(count)
-    steps = ASCENT_STEPS if dim <= LARGEST_DENSE else LONG_ASCENT_STEPS
-    ends, values, spent = ascend(log_joint, row, starts.flatten(0, 1), steps)
-    cost.index_add_(0, row, 2 * spent)
-    u, value = ends.unflatten(0, (count, num_rows)).double(), values.unflatten(0, (count, num_rows))
-    left, best = torch.isfinite(value), torch.full_like(value[0], -torch.inf)
-    found: list[Modes] = []
-    for _ in range(count):
-        top, which = value.masked_fill(~left, -torch.inf).max(0)
-        index = (torch.isfinite(top) & (top > best - DEPTH)).nonzero().flatten()
-        if len(index) == 0:
-            break
-        refine = newton if dim <= LARGEST_DENSE else without_hessian
-        modes = refine(log_joint, index, ends.unflatten(0, (count, num_rows))[which[index], index], least, cost)
-        distance = modes.shape.whiten(u[:, index] - modes.u).square().sum(-1)
-        mine = left[:, index] & (value[:, index] <= modes.value - 0.5 * distance + 1.0)
-        mine[which[index], torch.arange(len(index), device=index.device)] = True
-        left[:, index] &= ~mine
-        best[index] = torch.maximum(best[index], modes.value)
-        found.append(_without_duplicates(Modes(index, modes.u, modes.value, modes.shape, mine.sum(0)), found))
-    return found
+class _Search:
+    """The modes of N rows, from starts (S, N, D) that are climbed from part by part; adds to `cost`, (N,).
+
+    Attributes:
+        ends: where the starts have come to, (S, N, D).
+        value: the log joint there, (S, N), float64; -inf before the ascent.
+        left: ends that belong to no mode yet, boolean (S, N).
+        found: modes, in the order of the rounds that found them, at most one of a row in each.
+    """
+
+    def __init__(self, log_joint: LogJoint, starts: Tensor, least: Tensor, cost: Tensor) -> None:
+        self.log_joint, self.least, self.cost = log_joint, least, cost
+        self.ends, self.value = starts.clone(), torch.full_like(starts[..., 0], -torch.inf, dtype=torch.float64)
+        self.left = torch.zeros_like(self.value, dtype=torch.bool)
+        self.best = torch.full_like(self.value[0], -torch.inf)
+        self.found: list[Modes] = []
+        self.dense = starts.shape[-1] <= LARGEST_DENSE
+
+    def climb(self, part: slice, rows: Tensor) -> None:
+        """Climb from a part of the starts in the rows (n,), and see which of the ends belong to modes that are known."""
+        if len(rows) == 0:
+            return
+        starts = self.ends[part, rows]
+        row, steps = rows.repeat(len(starts)), ASCENT_STEPS if self.dense else LONG_ASCENT_STEPS
+        ends, value, spent = ascend(self.log_joint, row, starts.flatten(0, 1), steps)
+        self.ends[part, rows], self.value[part, rows] = ends.view_as(starts), value.view_as(starts[..., 0])
+        self.left[part, rows] = torch.isfinite(self.value[part, rows])
+        self.cost.index_add_(0, row, 2 * spent)
+        for modes in self.found:
+            modes.visits.add_(self._claim(modes).sum(0))
+
+    def settle(self) -> None:
+        """Newton from the best end of each row, then from the best that is left, while that may be a mode of some mass."""
+        refine = newton if self.dense else without_hessian
+        while True:
+            top, which = self.value.masked_fill(~self.left, -torch.inf).max(0)
+            index = (torch.isfinite(top) & (top > self.best - DEPTH)).nonzero().flatten()
+            if len(index) == 0:
+                return
+            modes = refine(self.log_joint, index, self.ends[which[index], index], self.least, self.cost)
+            self.best[index] = torch.maximum(self.best[index], modes.value)
+            self.left[which[index], index] = False
+            visits = 1 + self._claim(modes).sum(0)
+            self.found.append(_without_duplicates(replace(modes, visits=visits), self.found))
+
+    def _claim(self, modes: Modes) -> Tensor:
+        """The ends that are left and have no more density than the quadratic forms of P modes give, up to a nat: (S, P)."""
+        distance = modes.shape.whiten(self.ends[:, modes.row].double() - modes.u).square().sum(-1)
+        mine = self.left[:, modes.row] & (self.value[:, modes.row] <= modes.value - 0.5 * distance + 1.0)
+        self.left[:, modes.row] &= ~mine
+        return mine
+
+    def disagreeing(self) -> Tensor:
+        """Rows whose ends lie at several modes, or elsewhere, or have found none, boolean (N,)."""
+        count = torch.zeros_like(self.best)
+        for modes in self.found:
+            count[modes.row] += 1.0
+        return (count != 1.0) | self.left.any(0)
+
+    def several(self) -> Tensor:
+        """Rows in which some mass lies at other modes than the highest, boolean (N,)."""
+        highest = torch.full_like(self.best, -torch.inf)
+        for modes in self.found:
+            highest[modes.row] = torch.fmax(highest[modes.row], modes.log_mass)
+        total = torch.zeros_like(self.best)
+        for modes in self.found:
+            total[modes.row] += torch.exp(modes.log_mass - highest[modes.row]).nan_to_num(0.0)
+        return total > 1.0 / (1.0 - DOUBTFUL_SHARE)
 
 
 def newton(log_joint: LogJoint, index: Tensor, start: Tensor, least: Tensor, cost: Tensor) -> Modes:

@@ -86,7 +86,7 @@ def test_more_epochs_go_on_and_other_settings_are_refused(tmp_path: Path) -> Non
     for changes, told in (
         ({"m_steps": 2}, "m_steps was 5 and is 2"),
         ({"num_particles": 31}, "num_particles was 30 and is 31"),
-        ({"engine": pv.posterior.laplace}, r"engine was 'Laplace\(num_starts=2\)' and is 'Laplace\(num_starts=4\)'"),
+        ({"engine": pv.posterior.laplace}, r"engine was 'Laplace\(num_starts=2, .*' and is 'Laplace\(num_starts=4, .*'"),
         ({"fit_guide": False}, "fit_guide was True and is False"),
         ({"seed": 3}, "seed was 0 and is 3"),
     ):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from linear_gaussian import LinearGaussian
+from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.posterior.modes import find_modes, least_curvature
@@ -46,6 +49,34 @@ def test_memory_does_not_change_the_modes() -> None:
     torch.testing.assert_close(small.log_mass, whole.log_mass)
     torch.testing.assert_close(whole.log_mass, known.log_p(x))
     assert torch.equal(spent, spent_small)
+
+
+@pytest.mark.parametrize(("num_rows", "unlike", "searched"), [(60, 2, 2), (60, 4, 60), (8, 0, 8)])
+def test_further_starts_serve_rows_whose_first_ones_disagree(num_rows: int, unlike: int, searched: int) -> None:
+    """Modes at +-sqrt(x). Where many rows have two modes, or few rows are known, all rows are searched further."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z.square(), 0.3), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.sqrt(), 0.1))
+
+    x = torch.linspace(3.0, 5.0, num_rows, dtype=torch.float64)
+    starts = torch.cat([torch.full((3, num_rows, 1), 1.8), torch.full((2, num_rows, 1), -2.2)]).double()
+    starts[2, :unlike] = -1.7
+    modes, cost = find_modes(
+        pv.Program(model, guide), (x,), starts, least=torch.tensor(0.0625, dtype=torch.float64), first=3
+    )
+    count = torch.bincount(modes.row)
+    assert count.tolist() == [2] * searched + [1] * (num_rows - searched)
+    # The log joint is -u^2 / 2 - (x - u^2)^2 / 0.18, so that u^2 = x - 0.045 at both modes.
+    torch.testing.assert_close(modes.u[:, 0].square(), x[modes.row] - 0.045, atol=0.05, rtol=0.0)
+    visits = torch.zeros(num_rows, dtype=torch.long).index_add_(0, modes.row, modes.visits)
+    assert visits.tolist() == [5] * searched + [3] * (num_rows - searched)
+    assert searched == num_rows or (cost[:searched].min() > cost[searched:].max())
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
