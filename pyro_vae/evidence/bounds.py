@@ -92,6 +92,11 @@ class Sandwich:
         return float(width.std() / math.sqrt(len(width))) if len(width) > 1 else math.nan
 
     @property
+    def median_width(self) -> float:
+        """Median of `width` over the rows that have both sides, nats: one row without overlap may decide the mean."""
+        return float(self.width[self._both].quantile(0.5)) if bool(self._both.any()) else math.nan
+
+    @property
     def _both(self) -> Tensor:
         return torch.isfinite(self.width)
 
@@ -110,8 +115,11 @@ class Sandwich:
         lower, upper = float(self.lower[both].mean()), float(self.upper[both].mean())
         lines = [
             f"log p(x) between {lower:.4f} and {upper:.4f} nats a row ({self.kind} data, {len(self)} rows, {self.engine})",
-            f"  mean width {self.mean_width:.4f} +- {self.mean_width_standard_error:.2g}"
-            + (f", largest {float(self.width[both].max()):.3f}" if bool(both.any()) else ""),
+            f"  mean width {self.mean_width:.4f}"
+            + (f" +- {self.mean_width_standard_error:.2g}" if int(both.sum()) > 1 else "")
+            + (
+                f", median {self.median_width:.4f}, largest {float(self.width[both].max()):.3f}" if bool(both.any()) else ""
+            ),
         ]
         if missing := len(self) - int(both.sum()):
             lines.append(f"  WARNING: {missing} rows lack a side and are in none of these numbers")

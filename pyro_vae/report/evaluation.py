@@ -270,6 +270,7 @@ def _means(box: evidence.Sandwich) -> dict[str, Any]:
         "upper": float(box.upper[both].mean()),
         "mean_width": box.mean_width,
         "mean_width_standard_error": box.mean_width_standard_error,
+        "median_width": box.median_width,
         "kind": box.kind,
         "engine": box.engine,
     }

@@ -70,6 +70,19 @@ def test_the_truth_lies_between_on_average(name: str, *, real: bool) -> None:
         assert box.mean_width > 4.5 * box.mean_width_standard_error
 
 
+def test_one_wide_row_decides_the_mean_but_not_the_median() -> None:
+    lower = torch.zeros(5, dtype=torch.float64)
+    upper = torch.tensor([0.01, 0.02, 0.03, 100.0, torch.inf], dtype=torch.float64)
+    nothing = torch.zeros(5, dtype=torch.float64)
+    box = pv.evidence.Sandwich(lower, lower, upper, nothing, nothing, "real", "laplace")
+    assert box.mean_width == pytest.approx(25.015)
+    assert box.median_width == pytest.approx(0.025)
+    assert "median 0.0250, largest 100.000" in str(box)
+    assert "+-" not in str(
+        pv.evidence.Sandwich(*(part[:1] for part in (lower, lower, upper, nothing, nothing)), "real", "guide")
+    )
+
+
 def test_upper_mean_equals_the_expectation_under_the_weighted_density() -> None:
     """With one particle: lower is E_q log w, upper E_posterior log w; both have closed forms, by KL of Normals."""
     known = LinearGaussian(dim=4, latent_dim=1)
