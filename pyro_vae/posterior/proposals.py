@@ -87,7 +87,11 @@ class FromPrior(Engine):
 
 @dataclass(frozen=True)
 class FromGuide(Engine):
-    """K draws of the guide, weighted by p(x, z) / q(z | x): log w = log p(x, z) - log q(z | x), in nats."""
+    """K draws of the guide, weighted by p(x, z) / q(z | x): log w = log p(x, z) - log q(z | x), in nats.
+
+    Under a guide that is too narrow few rows meet the large weights that they lack. Those that met none pass for reliable,
+    and are the ones that are low: judge on one set of draws and report another, as the cascade does.
+    """
 
     name = "guide"
     default_particles = 1_000
