@@ -153,12 +153,13 @@ def require_finite(rows: Rows, name: str = "x", *, missing: bool = False) -> Non
         if bool(good.all()):
             continue
         bad = (~good).nonzero().flatten()
+        told = "infinite" if missing and number == 0 else "NaN or infinite"
         # Only the rows that are modelled may have values that were not seen.
         mend = (
             ", or, where NaN means a missing value, give the likelihood missing=True" if number == 0 and not missing else ""
         )
         raise ValueError(
-            f"{name if number == 0 else f'{name}[{number}]'} has NaN or infinite values in {len(bad)} of {len(good)} rows, "
+            f"{name if number == 0 else f'{name}[{number}]'} has {told} values in {len(bad)} of {len(good)} rows, "
             f"first in row {int(bad[0])}: remove these rows or fill the values in{mend}."
         )
 

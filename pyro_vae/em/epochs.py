@@ -40,6 +40,9 @@ POINTS = "buffer/e-step.{}"
 """What the points of an E-step are called in a checkpoint, beside the buffers of modules."""
 
 
+STOPPING = "em.fit stops when this batch is done, and keeps where it is; Ctrl-C again ends it at once."
+
+
 @dataclass
 class Training:
     """One fit by Monte Carlo EM: its parts, where it is, and the loop. See `monte_carlo.fit` for the meaning of each.
@@ -83,7 +86,10 @@ class Training:
         """Go on from where the checkpoint is, to the last epoch."""
         self._resume()
         total = epochs * self.batches.num_batches
-        with noted(active=self.checkpoint is not None) as stop, Display(total, show=progress, name="log p(x)") as display:
+        with (
+            noted(active=self.checkpoint is not None, reply=STOPPING) as stop,
+            Display(total, show=progress, name="log p(x)") as display,
+        ):
             while self.epoch < epochs and not self.history.stopped:
                 self._epoch(stop, display)
                 if any([callback(self.epoch, self.history) for callback in callbacks]):

@@ -9,7 +9,7 @@ the first has its maximum in closed form (Tipping & Bishop 1999, "Probabilistic 
 
 Everything else is EM (Rubin & Thayer 1982; Ghahramani & Hinton 1996, CRG-TR-96-1), started from the closed form.
 scikit-learn's `PCA` divides by N - 1 and so lies a little below this maximum: its `score` is lower by
-(d/2) (log(N / (N - 1)) - 1/N) nats a row, exactly.
+(d/2) (log(N / (N - 1)) - 1/N) nats a row, exactly, for N > d (for fewer rows it leaves the zero eigenvalues out of s^2).
 
 The iterations run in float64 in units in which columns have about unit variance, and the parameters come back in x's dtype.
 """
@@ -17,6 +17,7 @@ The iterations run in float64 in units in which columns have about unit variance
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -24,15 +25,19 @@ from torch import Tensor
 from pyro_vae.em.iterations import climb
 from pyro_vae.em.linear import LinearGaussian
 from pyro_vae.em.standard import Standard, standardise
-from pyro_vae.em.steps import CompleteRows, State, Step, each, shared
+from pyro_vae.em.steps import State, Step, each, shared
 from pyro_vae.rows import Data, positive
 from pyro_vae.warn import warn
 
 MOST = 10_000
 """Iterations at most, unless told."""
 
-LEAST = 1e-8
-"""Least s^2 of probabilistic PCA, as a part of the mean variance."""
+ZERO, LEAST = 1e-12, 1e-8
+"""Least s^2 of probabilistic PCA, as parts of the mean variance: what rounding leaves of an eigenvalue in float64, and what
+it leaves of the differences that EM takes."""
+
+SADDLE = 1e-6
+"""EM that says it has converged so many nats a row below the closed form has stopped at a saddle point."""
 
 
 def ppca(
@@ -73,16 +78,17 @@ def ppca(
         >>> ppca(x, 1).weight.shape
         torch.Size([3, 1])
     """
+    _require_sensible(tolerance, initial)
     data = standardise(x, latent_dim, shared)
-    covariance, start = data.covariance, None
+    covariance, by_em = data.covariance, initial is not None or max_iterations is not None
+    start, goal = None, math.inf
     if covariance is not None:
-        solution, noise_free = _closed_form(covariance, latent_dim)
-        if noise_free:
-            raise _flat(data, latent_dim)
-        if initial is None and max_iterations is None:
-            path = [CompleteRows(covariance, shared, LEAST, expand=True)(solution)[0]]
-            return data.program(solution, torch.tensor(path, dtype=torch.float64), scalar=True)
-        start = _arbitrary(len(data.mean), latent_dim, covariance)
+        solution, goal = _closed_form(covariance, latent_dim)
+        if float(solution.variance[0]) < (LEAST if by_em else ZERO):
+            raise _flat(data, latent_dim, by_em=by_em)
+        if not by_em:
+            return data.program(solution, torch.tensor([goal], dtype=torch.float64), scalar=True)
+        start = _arbitrary(covariance, latent_dim)
     if initial is not None:
         start = data.state(initial, latent_dim)
         start = State(start.weight, start.mean, start.variance.mean().expand_as(start.variance))
@@ -90,7 +96,14 @@ def ppca(
     step = data.step(latent_dim, shared, LEAST, expand=accelerate)
     program = _run(data, step, start, tolerance, max_iterations, accelerate=accelerate, scalar=True)
     if float((program.noise[0].detach().double() / data.unit[0]).square()) <= 1.001 * LEAST:
-        raise _flat(data, latent_dim)
+        raise _flat(data, latent_dim, by_em=True)
+    below = goal - data.log_units - float(program.log_likelihood[-1])
+    if covariance is not None and program.converged and below > max(SADDLE, 10.0 * tolerance):
+        program.converged = False
+        warn(
+            f"EM has stopped at a saddle point, {below:.2g} nats a row below the maximum: start elsewhere (initial=), or "
+            "leave out max_iterations= and initial= for the closed form."
+        )
     return program
 
 
@@ -136,8 +149,9 @@ def factor_analysis(
         >>> bool((program.log_likelihood.diff() >= 0).all())
         True
     """
-    if not 0.0 < floor < 1.0:
-        raise ValueError(f"floor={floor} must lie between 0 and 1: it is a part of a column's variance.")
+    _require_sensible(tolerance, initial)
+    if not isinstance(floor, Real) or not 0.0 < floor < 1.0:
+        raise ValueError(f"floor={floor!r} must lie between 0 and 1: it is a part of a column's variance.")
     data = standardise(x, latent_dim, each)
     if initial is not None:
         start = data.state(initial, latent_dim)
@@ -156,6 +170,13 @@ def factor_analysis(
     return program
 
 
+def _require_sensible(tolerance: float, initial: LinearGaussian | None) -> None:
+    if not isinstance(tolerance, Real) or not tolerance >= 0.0:
+        raise ValueError(f"tolerance={tolerance!r} must be a number of nats of at least 0.")
+    if initial is not None and not isinstance(initial, LinearGaussian):
+        raise TypeError(f"initial={initial!r} is no result of ppca or factor_analysis: give one, or leave it out.")
+
+
 def _run(
     data: Standard,
     step: Step,
@@ -168,8 +189,6 @@ def _run(
 ) -> LinearGaussian:
     most = MOST if max_iterations is None else max_iterations
     positive(max_iterations=most)
-    if not tolerance >= 0.0:
-        raise ValueError(f"tolerance={tolerance} must be a number of nats of at least 0.")
     end = climb(step, start, tolerance=tolerance, max_iterations=most, accelerate=accelerate)
     if not end.converged:
         short = (
@@ -184,23 +203,34 @@ def _run(
     return data.program(end.state, end.path, scalar=scalar, converged=end.converged)
 
 
-def _closed_form(covariance: Tensor, latent_dim: int) -> tuple[State, bool]:
-    """The maximum of probabilistic PCA, and whether its noise is zero up to rounding."""
+def _closed_form(covariance: Tensor, latent_dim: int) -> tuple[State, float]:
+    """The maximum of probabilistic PCA, and the mean log-likelihood of a row there (Tipping & Bishop 1999, eq. 7-8, 15).
+
+    From the eigenvalues: no difference of large numbers, however small the noise.
+    """
     values, vectors = torch.linalg.eigh(covariance)
     variance = values[:-latent_dim].mean()
     weight = vectors[:, -latent_dim:].flip(1) * (values[-latent_dim:].flip(0) - variance).clamp(min=0.0).sqrt()
-    state = State(weight, torch.zeros_like(values), variance.clamp(min=LEAST).expand_as(values))
-    return state, bool(variance < LEAST)
+    state = State(weight, torch.zeros_like(values), variance.clamp(min=0.0).expand_as(values))
+    log_det = values[-latent_dim:].clamp(min=0.0).log().sum() + (len(values) - latent_dim) * state.variance[0].log()
+    return state, -0.5 * float(len(values) * (math.log(2.0 * math.pi) + 1.0) + log_det)
 
 
-def _arbitrary(size: int, latent_dim: int, like: Tensor) -> State:
-    """A start that no data are orthogonal to: the same small random W each time, and noise 1."""
-    weight = 0.5 * torch.randn(size, latent_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return State(weight.to(like), like.new_zeros(size), like.new_ones(size))
+def _arbitrary(covariance: Tensor, latent_dim: int) -> State:
+    """A start that no data are orthogonal to: the same small random W each time, and a small noise.
+
+    The columns of W shrink in directions in which the rows vary less than the noise, and are lost if they reach zero.
+    """
+    size, generator = len(covariance), torch.Generator().manual_seed(0)
+    weight = 0.5 * torch.randn(size, latent_dim, generator=generator, dtype=torch.float64).to(covariance)
+    noise = 0.1 * torch.linalg.eigvalsh(covariance)[-latent_dim].clamp(max=1.0)
+    return State(weight, torch.zeros_like(weight[:, 0]), noise.clamp(min=LEAST).expand(size).clone())
 
 
-def _flat(data: Standard, latent_dim: int) -> ValueError:
+def _flat(data: Standard, latent_dim: int, *, by_em: bool) -> ValueError:
+    mend = "or leave out max_iterations= and initial= for the closed form, which resolves less noise" if by_em else ""
     return ValueError(
-        f"The {data.num_rows} rows lie in a plane of latent_dim={latent_dim} dimensions or fewer, so that the noise would "
-        "be zero and the density without bound: use a smaller latent_dim or more rows."
+        f"The {data.num_rows} rows lie in a plane of latent_dim={latent_dim} dimensions or fewer, but for noise below "
+        f"{LEAST if by_em else ZERO:g} of their mean variance: use a smaller latent_dim, more rows, columns of like scale"
+        f"{', ' + mend if mend else ''}."
     )

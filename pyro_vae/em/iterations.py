@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_vae.em.steps import State, Step
 
 ROUNDING = 1e-9
-"""A loss of log-likelihood below this, relative, is rounding."""
+"""A loss of log-likelihood below this, relative, is rounding; so is 10 units of rounding of sums of 1 / psi."""
 
 MEMORY = 10
 """Iterations that are mixed, and by which is judged how far the maximum is."""
@@ -85,15 +85,16 @@ def climb(step: Step, start: State, *, tolerance: float, max_iterations: int, ac
             residuals.clear()
         next_value, next_after = step(after)
         if not next_value > value:
-            _require_rounding(value, next_value, len(path))
+            _require_rounding(value, next_value, len(path), here)
             return Climb(here, _as_path(path), converged=True, ahead=0.0)
         here, value, after = after, next_value, next_after
         path.append(value)
     return Climb(here, _as_path(path), converged=False, ahead=_ahead(path, residuals, accelerate=accelerate))
 
 
-def _require_rounding(before: float, after: float, iteration: int) -> None:
-    if not before - after <= ROUNDING * (1.0 + abs(before)):
+def _require_rounding(before: float, after: float, iteration: int, state: State) -> None:
+    sums = 10.0 * torch.finfo(state.variance.dtype).eps * float(state.variance.reciprocal().sum())
+    if not before - after <= ROUNDING * (1.0 + abs(before)) + sums:
         raise ArithmeticError(
             f"Iteration {iteration} of EM took the log-likelihood from {before:.10g} to {after:.10g} nats a row, which "
             "exact arithmetic rules out: columns of x may be copies of each other up to rounding, drop these."

@@ -31,6 +31,7 @@ from pyro_vae.learning.preparation import forget_modules, place_of, require_no_c
 from pyro_vae.learning.updates import Update
 from pyro_vae.memory import BUDGET
 from pyro_vae.model.scales import Optimal
+from pyro_vae.posterior.chains import Hamiltonian
 from pyro_vae.posterior.engine import Engine
 from pyro_vae.posterior.local import Laplace
 from pyro_vae.program import Program
@@ -82,7 +83,8 @@ def fit(
         m_steps: gradient steps on the particles of a batch.
         lr: learning rate of the default optimiser, Adam.
         fit_guide: whether the guide is fitted to the particles as well, by sum_k w_k log q(z_k | x) (wake-phi of reweighted
-            wake-sleep). Else only what the model's density depends on moves.
+            wake-sleep). Else only what the model's density depends on moves. Where the guide is the engine as well, few
+            particles and a large lr may run downhill together: `log_p` then falls.
         seed: of initial values in `pyro.param`, order and draws. The same seed gives the same parameters, to the bit, on
             the same machine.
         device: "auto" is CUDA where there is one; parameters and batches are moved there.
@@ -151,7 +153,14 @@ def fit(
 def _require_serves(program: Program, engine: object) -> None:
     """Refuse what a fit would fail with later, or learn nothing by."""
     if not isinstance(engine, Engine):
-        raise TypeError(f"engine={engine!r} is no engine: give pv.posterior.laplace, pv.posterior.from_guide or such.")
+        hint = (
+            "; Hamiltonian chains have no weights, Annealed(start=at_points) has" if isinstance(engine, Hamiltonian) else ""
+        )
+        raise TypeError(
+            f"engine={engine!r} is no engine: give pv.posterior.laplace, pv.posterior.from_guide or such{hint}."
+        )
+    if not isinstance(program, Program):
+        raise TypeError(f"program={type(program).__name__} is no Program: give a pv.VAE or pv.Program(model, guide).")
     if (size := standing().size) > 1:
         raise ValueError(f"em.fit runs in one process, and this is one of {size}: start it without torchrun.")
     for name, module in program.modules_found().items():

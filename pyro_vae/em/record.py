@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.evidence.estimate import Estimate
-from pyro_vae.learning.history import BLUE, VERMILION, over_epochs
+from pyro_vae.learning.history import BLUE, FEW, VERMILION, leave_out_the_start, over_epochs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +25,7 @@ class Sums:
         bias: sum of its biases.
         reliable: how many rows may be believed.
         evaluations: passes through the decoder, for one particle each.
+        reasons: why rows may not be believed, and how many.
     """
 
     rows: int = 0
@@ -34,6 +35,7 @@ class Sums:
     bias: float = 0.0
     reliable: int = 0
     evaluations: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
 
     def add(self, estimate: Estimate, evaluations: int = 0) -> None:
         """Count the rows of one estimate, and what else was spent on each of them."""
@@ -44,6 +46,8 @@ class Sums:
         self.variance += float(some.standard_error.square().sum())
         self.bias += float(some.bias.sum())
         self.reliable += int(estimate.reliable.sum())
+        for reason in filter(None, estimate.reasons):
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
         self.evaluations += int(estimate.evaluations.sum()) + evaluations * len(estimate)
 
     @property
@@ -68,6 +72,7 @@ class EMHistory:
         standard_error: Monte Carlo error of `log_p`.
         bias: its estimated bias, the log of a mean being low.
         reliable: share of the training rows whose weights may be believed, see `evidence.Estimate`.
+        doubt: the most frequent reason why others may not, or "".
         valid_log_p: log p(x) of the validation rows after the epoch, by the same engine; empty without such rows.
         valid_standard_error: Monte Carlo error of `valid_log_p`.
         valid_bias: its estimated bias.
@@ -83,6 +88,7 @@ class EMHistory:
     standard_error: list[float] = field(default_factory=list)
     bias: list[float] = field(default_factory=list)
     reliable: list[float] = field(default_factory=list)
+    doubt: list[str] = field(default_factory=list)
     valid_log_p: list[float] = field(default_factory=list)
     valid_standard_error: list[float] = field(default_factory=list)
     valid_bias: list[float] = field(default_factory=list)
@@ -97,6 +103,7 @@ class EMHistory:
         self.epoch.append(len(self.epoch) + 1)
         self.evaluations.append(sums.evaluations / sums.rows)
         self.learning_rate.append(learning_rate)
+        self.doubt.append(max(sums.reasons, key=sums.reasons.__getitem__, default=""))
         for prefix, seen in (("", sums), ("valid_", valid)):
             if seen is not None:
                 getattr(self, f"{prefix}log_p").append(seen.mean)
@@ -117,6 +124,7 @@ class EMHistory:
             told += f", validation {self.valid_log_p[-1]:.3f} ± {self.valid_standard_error[-1]:.2g}"
         why = f"; {self.stopped}" if self.stopped else ""
         share = f"{100.0 * self.reliable[-1]:.0f} % of rows reliable"
+        share += f" (others mostly: {self.doubt[-1]})" if self.doubt[-1] else ""
         return f"epoch {self.epoch[-1]}: {told} nats a row, {share}, {self.seconds[-1]:.1f} s{why}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,18 +134,27 @@ class EMHistory:
     def plot(self, ax: Axes | None = None) -> Axes:
         """The learning curve: log p(x) of a mean row, in nats, against the epoch; bars of two standard errors.
 
+        The vertical axis leaves out the first steep part: it begins at the worst of the last nine tenths of the epochs.
+
         Args:
             ax: where to draw; None makes a figure.
 
         Returns:
             the Axes.
+
+        Raises:
+            ValueError: no epoch.
         """
-        ax = over_epochs(ax, "log p(x) (nats per row)", "Monte Carlo EM")
-        curves = [(self.log_p, self.standard_error, BLUE, "-", "training, while it moves")]
+        ax = over_epochs(ax, self.epoch, "log p(x) (nats per row)", "Monte Carlo EM")
+        curves = [(self.log_p, self.standard_error, BLUE, "-", "o", "training, while it moves")]
         if self.valid_log_p:
-            curves.append((self.valid_log_p, self.valid_standard_error, VERMILION, "--", "validation"))
-        for values, errors, colour, line, label in curves:
+            curves.append((self.valid_log_p, self.valid_standard_error, VERMILION, "--", "s", "validation"))
+        ends: list[list[float]] = []
+        for values, errors, colour, line, marker, label in curves:
             bars = [2.0 * error for error in errors]
-            ax.errorbar(self.epoch, values, yerr=bars, color=colour, linestyle=line, label=label)
+            mark = marker if len(self) <= FEW else ""
+            ax.errorbar(self.epoch, values, yerr=bars, color=colour, linestyle=line, marker=mark, label=label)
+            ends += [values, *([v + sign * bar for v, bar in zip(values, bars, strict=True)] for sign in (-1.0, 1.0))]
+        leave_out_the_start(ax, ends)
         ax.legend(frameon=False)
         return ax

@@ -86,6 +86,8 @@ def standardise(x: Data, latent_dim: int, pool: Pool) -> Standard:
             "(N, d), as x.flatten(1)."
         )
     given, size = rows[0].detach(), rows[0].shape[1]
+    if size < 2:
+        raise ValueError(f"x has {size} column: latent variables explain what columns have in common, give at least 2.")
     if isinstance(latent_dim, bool) or not isinstance(latent_dim, Integral) or not 1 <= latent_dim < size:
         raise ValueError(
             f"latent_dim={latent_dim!r} must be a whole number from 1 to {size - 1}, one less than the {size} columns of x."

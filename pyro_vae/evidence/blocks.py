@@ -25,6 +25,7 @@ from pyro_vae.evidence.sharing import Sharing
 from pyro_vae.graph import Compile, compile_mode
 from pyro_vae.memory import BLOCK_ROWS, BUDGET, block_rows
 from pyro_vae.parameters import judging
+from pyro_vae.posterior.chains import Hamiltonian
 from pyro_vae.posterior.engine import Engine
 from pyro_vae.posterior.particles import Particles
 from pyro_vae.program import Program
@@ -222,6 +223,11 @@ def _options(method: Method | None, num_particles: int | None, memory: int) -> d
         raise ValueError(
             f"method={method!r} is not a method: give an engine such as pv.posterior.laplace, pv.evidence.exact, or leave "
             "it out for the cascade."
+        )
+    if isinstance(getattr(method, "func", method), Hamiltonian):
+        raise ValueError(
+            "method=hamiltonian makes chains, which have no weights and so no log p(x): give pv.posterior.laplace or "
+            "pv.posterior.annealed."
         )
     accepted = inspect.signature(method).parameters
     options: dict[str, Any] = {"memory": memory} if "memory" in accepted else {}

@@ -88,6 +88,8 @@ def require_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) 
     Raises:
         ValueError: names each setting that differs, with both values.
     """
+    if ("engine" in then) != ("engine" in now):
+        raise ValueError(f"{folder} holds a run of {'em.fit' if 'engine' in then else 'fit'}: use another folder.")
     different = [name for name in now if then.get(name) != now[name]]
     if different:
         told = "; ".join(f"{name} was {then.get(name)!r} and is {now[name]!r}" for name in different)

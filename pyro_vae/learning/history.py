@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 BLUE, VERMILION = "#0072B2", "#D55E00"
 """Of Okabe & Ito (2008): colour-blind readers can tell them apart."""
+
+FEW = 10
+"""Points of a curve up to which each has a mark."""
 
 COLLAPSED = 0.01
 """Nats a row under which the posterior is the prior whatever x is."""
@@ -84,31 +88,50 @@ class History:
 
         Returns:
             the Axes.
+
+        Raises:
+            ValueError: no epoch.
         """
-        ax = over_epochs(ax, "ELBO (nats per row)", "Learning curve")
-        ax.plot(self.epoch, self.elbo, color=BLUE, label="training, while it moves")
+        ax = over_epochs(ax, self.epoch, "ELBO (nats per row)", "Learning curve")
+        few = len(self) <= FEW
+        ax.plot(self.epoch, self.elbo, color=BLUE, marker="o" if few else "", label="training, while it moves")
         if self.valid_elbo:
-            ax.plot(self.epoch, self.valid_elbo, color=VERMILION, linestyle="--", label="validation")
-        if len(self) >= 10:
-            # An epoch whose validation broke down must not cost the figure.
-            epochs = [
-                list(filter(math.isfinite, both)) for both in zip(self.elbo, self.valid_elbo or self.elbo, strict=True)
-            ]
-            top, bottom = max(map(max, epochs)), min(map(min, epochs[len(self) // 10 :]))
-            room = 0.05 * (top - bottom) or 1.0
-            ax.set_ylim(bottom - room, top + room)
+            marker = "s" if few else ""
+            ax.plot(self.epoch, self.valid_elbo, color=VERMILION, linestyle="--", marker=marker, label="validation")
+        leave_out_the_start(ax, [self.elbo, self.valid_elbo])
         ax.legend(frameon=False)
         return ax
 
 
-def over_epochs(ax: Axes | None, ylabel: str, title: str) -> Axes:
-    """`ax`, or those of a new figure, with titles and whole numbers of epochs below."""
+def over_epochs(ax: Axes | None, epochs: Sequence[int], ylabel: str, title: str) -> Axes:
+    """`ax`, or those of a new figure, with titles and whole numbers of epochs below.
+
+    Raises:
+        ValueError: no epoch.
+    """
     from matplotlib.ticker import MaxNLocator
 
+    if not epochs:
+        raise ValueError("This history has no epoch to draw: fit for at least one.")
     if ax is None:
         from matplotlib import pyplot as plt
 
         ax = plt.subplots(layout="constrained")[1]
     ax.set(xlabel="epoch", ylabel=ylabel, title=title)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(epochs) == 1:
+        ax.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
     return ax
+
+
+def leave_out_the_start(ax: Axes, curves: Sequence[Sequence[float]]) -> None:
+    """Of ten epochs and more: the vertical axis from the worst of the last nine tenths of any curve to the best of all.
+
+    An epoch whose numbers are not finite must not cost the figure.
+    """
+    every = [value for curve in curves for value in curve if math.isfinite(value)]
+    late = [value for curve in curves for value in curve[len(curve) // 10 :] if math.isfinite(value)]
+    if late and max(map(len, curves)) >= 10:
+        top, bottom = max(every), min(late)
+        room = 0.05 * (top - bottom) or 1.0
+        ax.set_ylim(bottom - room, top + room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,8 +53,14 @@ class Stop:
 
 
 @contextmanager
-def noted(*, active: bool, alone: bool = True) -> Iterator[Stop]:
-    """Note the first SIGINT or SIGTERM; a second one acts at once. Nothing is caught outside of the main thread."""
+def noted(*, active: bool, alone: bool = True, reply: str = "") -> Iterator[Stop]:
+    """Note the first SIGINT or SIGTERM; a second one acts at once. Nothing is caught outside of the main thread.
+
+    Args:
+        active: False leaves signals alone.
+        alone: see `Stop`.
+        reply: printed to stderr at the first one, where the next step may take long.
+    """
     stop = Stop(alone=alone)
     if not active or threading.current_thread() is not threading.main_thread():
         yield stop
@@ -65,6 +72,8 @@ def noted(*, active: bool, alone: bool = True) -> Iterator[Stop]:
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
         stop.note(number)
+        if reply:
+            print(f"\n{reply}", file=sys.stderr)
 
     try:
         for number in before:

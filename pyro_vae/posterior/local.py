@@ -158,12 +158,12 @@ class Laplace(Engine):
 
     Attributes:
         num_starts: of the ascent: the centre of the guide, draws of the prior, some wide draws of the guide; `near` first.
-        num_further: more of them, all draws of the prior, in rows where the first ones lead to different modes, and in all
-            rows where many have several modes. One start has nothing to disagree with: it has no further ones.
+        num_further: more of them at most, all draws of the prior, in rows where the first ones lead to different modes, and
+            in all rows where many have several modes: see `find_modes`. One start has nothing to disagree with: none.
     """
 
     num_starts: int = 4
-    num_further: int = 16
+    num_further: int = 64
     name = "laplace"
     default_particles = 200
     pilot_particles = 64

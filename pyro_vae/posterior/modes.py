@@ -37,6 +37,9 @@ LARGEST_DENSE = 256
 DOUBTFUL_SHARE = 0.01
 """Mass of a row that may be overlooked."""
 
+BATCH, STARTS_A_MODE = 16, 6
+"""One of M + 1 modes with basins of one size is missed by 6 (M + 1) starts with probability e^-6."""
+
 COMMON, FEW_ROWS = 0.05, 32
 """Rows of one model are alike: where so many of them have several modes, so may those whose starts agree by luck. Of fewer
 rows than `FEW_ROWS` nothing is known."""
@@ -111,17 +114,18 @@ def find_modes(
         starts: (S, N, D), unconstrained.
         memory: byte budget: rows are worked on so many at a time as it holds.
         least: see `shapes.positive`; None for that of the starts.
-        first: so many starts are climbed from in all rows, the others where these lead to different modes, or in all rows
-            where many have several modes; None for all.
+        first: so many starts are climbed from in all rows; `BATCH` more where these lead to different modes, or in all rows
+            where many have several modes; and `BATCH` more again where M modes were found from fewer than `STARTS_A_MODE`
+            (M + 1) starts, as long as there are some. None for all.
 
     Returns:
         the modes, at least one for each row, ordered by row and then by mass, largest first (a row without a finite density
         has a unit one at its first start, of no visits); and the decoder evaluations spent on each row, (N,).
     """
     log_joint, num_rows, device = program.log_joint(rows), len(rows[0]), starts.device
-    step = gradient_rows(program, rows, starts, memory)
     least = least_curvature(starts) if least is None else least
     first = len(starts) if first is None else first
+    step = gradient_rows(program, rows, starts[: max(first, BATCH)], memory)
     cost = torch.zeros(num_rows, dtype=torch.long, device=device)
     parts, several = [], 0
     for index in torch.arange(num_rows, device=device).split(step):
@@ -129,11 +133,13 @@ def find_modes(
         everyone = torch.arange(len(index), device=device)
         search.climb(slice(first), everyone)
         search.settle()
-        if first < len(starts):
-            seen, several = int(index[-1]) + 1, several + int(search.several().sum())
-            alike = seen < FEW_ROWS or several > COMMON * seen
-            search.climb(slice(first, None), everyone if alike else search.disagreeing().nonzero().flatten())
+        seen, several = int(index[-1]) + 1, several + int((search.modes() > 1).sum())
+        alike = seen < FEW_ROWS or several > COMMON * seen
+        left = everyone if alike else search.disagreeing().nonzero().flatten()
+        for begin in range(first, len(starts), BATCH):
+            search.climb(slice(begin, begin + BATCH), left)
             search.settle()
+            left = left[STARTS_A_MODE * (search.modes()[left] + 1) > begin + BATCH]
         for modes in search.found:
             # A density that overflows next to its mode has no shape there: as if there were no mode.
             modes = modes.take(torch.isfinite(modes.log_mass).nonzero().flatten())
@@ -216,15 +222,14 @@ class _Search:
             count[modes.row] += 1.0
         return (count != 1.0) | self.left.any(0)
 
-    def several(self) -> Tensor:
-        """Rows in which some mass lies at other modes than the highest, boolean (N,)."""
-        highest = torch.full_like(self.best, -torch.inf)
+    def modes(self) -> Tensor:
+        """Number of modes of each row that hold some mass, (N,)."""
+        highest, count = torch.full_like(self.best, -torch.inf), torch.zeros_like(self.best, dtype=torch.long)
         for modes in self.found:
             highest[modes.row] = torch.fmax(highest[modes.row], modes.log_mass)
-        total = torch.zeros_like(self.best)
         for modes in self.found:
-            total[modes.row] += torch.exp(modes.log_mass - highest[modes.row]).nan_to_num(0.0)
-        return total > 1.0 / (1.0 - DOUBTFUL_SHARE)
+            count[modes.row] += modes.log_mass > highest[modes.row] + math.log(DOUBTFUL_SHARE)
+        return count
 
 
 def newton(log_joint: LogJoint, index: Tensor, start: Tensor, least: Tensor, cost: Tensor) -> Modes:

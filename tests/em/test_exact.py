@@ -80,6 +80,40 @@ def test_em_reaches_the_closed_form_of_ppca_and_never_loses(latent_dim: int, acc
     assert mean_log_p(program, x) == pytest.approx(float(program.log_likelihood[-1]), abs=1e-10)
 
 
+@pytest.mark.parametrize("latent_dim", [2, 6, 10, 11])
+def test_em_does_not_stop_at_a_saddle_point_where_columns_vary_little(latent_dim: int) -> None:
+    """Deviations from 1 to 1e-3: a column of W in a direction with less variance than the noise shrinks to zero."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 12, generator=generator).double() * torch.logspace(0, -3, 12).double()
+    x = x @ torch.randn(12, 12, generator=generator).double()
+    best = pv.em.ppca(x, latent_dim)
+    assert float(best.log_likelihood) == pytest.approx(textbook_maximum(x, latent_dim), abs=1e-7)
+    program = pv.em.ppca(x, latent_dim, max_iterations=3000)
+    assert program.converged
+    assert float(best.log_likelihood - program.log_likelihood[-1]) < 1e-6
+
+
+def test_em_that_is_started_at_a_saddle_point_says_so() -> None:
+    x = draw()
+    saddle = pv.em.ppca(x, 2)
+    with torch.no_grad():
+        saddle.weight[:, 1] = 0.0
+    with pytest.warns(UserWarning, match=r"stopped at a saddle point, .* nats a row below the maximum"):
+        program = pv.em.ppca(x, 2, initial=saddle)
+    assert not program.converged
+
+
+def test_columns_of_very_different_scale_have_a_closed_form() -> None:
+    """Deviations 1,000 .. 0.01: s^2 is 1e-10 of the mean variance, which eigenvalues resolve and differences do not."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(500, 4, generator=generator).double() * torch.tensor([1e3, 1.0, 0.1, 0.01], dtype=torch.float64)
+    program = pv.em.ppca(x, 3)
+    assert float(program.log_likelihood) == pytest.approx(textbook_maximum(x, 3), abs=1e-6)
+    assert program.log_p(x).mean().item() == pytest.approx(textbook_maximum(x, 3), abs=1e-5)
+    with pytest.raises(ValueError, match=r"noise below 1e-08 of their mean variance.*for the closed form, which resolves"):
+        pv.em.ppca(x, 3, max_iterations=5)
+
+
 def test_the_score_of_scikit_learns_pca_is_lower_by_what_its_divisor_explains() -> None:
     """Its covariance is N / (N - 1) times ours: d/2 (log(N / (N - 1)) - 1/N) nats a row."""
     x = draw(40)
@@ -226,6 +260,12 @@ def test_rows_that_no_maximum_goes_with_are_refused_in_a_sentence() -> None:
             fit(x, 2, max_iterations=0)
         with pytest.raises(ValueError, match=r"tolerance=nan must be"):
             fit(x, 2, max_iterations=5, tolerance=math.nan)
+        with pytest.raises(ValueError, match=r"tolerance='a' must be"):
+            fit(x, 2, tolerance="a")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"initial='a' is no result of ppca"):
+            fit(x, 2, initial="a")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"x has 1 column: .* give at least 2"):
+            fit(x[:, :1], 1)
         with pytest.raises(ValueError, match=r"initial has weight \(7, 1\) and here it is \(7, 2\)"):
             fit(x, 2, initial=pv.em.ppca(x, 1))
     with pytest.raises(ValueError, match=r"floor=0 must lie between 0 and 1"):

@@ -51,12 +51,15 @@ def require_equal(first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_the_middle_of_an_epoch(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_in_the_middle_of_an_epoch(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = fitted(None, Jitter())
     for at in (11, 8):  # calls are also made by looking at the rows first
         alarm = Jitter(lambda: signal.raise_signal(number), at)
         with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt):
             fitted(tmp_path, alarm)
+        assert "stops when this batch is done" in capsys.readouterr().err
     found = checkpoint.read(tmp_path)
     assert found is not None
     assert found[0]["state"]["position"]["epoch"] < 3
@@ -94,12 +97,30 @@ def test_more_epochs_go_on_and_other_settings_are_refused(tmp_path: Path) -> Non
             fitted(tmp_path, **changes)
 
 
+def test_the_folder_of_the_other_kind_of_run_is_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": 16, "progress": False}
+    pv.fit(Curve().program, line_data(48), checkpoint=tmp_path / "fit", compile=False, **settings)
+    with pytest.raises(ValueError, match=r"fit holds a run of fit: use another folder\.$"):
+        fitted(tmp_path / "fit")
+    fitted(tmp_path / "em", epochs=1)
+    with pytest.raises(ValueError, match=r"em holds a run of em\.fit: use another folder\.$"):
+        pv.fit(Curve().program, line_data(48), checkpoint=tmp_path / "em", compile=False, **settings)
+
+
+def test_what_is_no_program_or_no_engine_is_refused_with_the_mend() -> None:
+    with pytest.raises(TypeError, match=r"program=Linear is no Program: give a pv\.VAE or pv\.Program"):
+        pv.em.fit(torch.nn.Linear(2, 2), line_data(48))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"chains have no weights, Annealed\(start=at_points\) has\.$"):
+        pv.em.fit(Curve().program, line_data(48), engine=pv.posterior.hamiltonian)  # type: ignore[arg-type]
+
+
 def test_a_callback_stops_the_run_and_the_history_prints(tmp_path: Path) -> None:
     history, _ = fitted(tmp_path, callbacks=[lambda epoch, history: epoch == 2])
     assert len(history) == 2
     assert history.stopped == "stopped by a callback"
     assert repr(history).startswith("epoch 2: log p(x) -")
     assert "validation" in repr(history)
+    assert (" % of rows reliable (others mostly: " in repr(history)) == (history.reliable[-1] < 1.0)
     assert repr(pv.em.EMHistory()) == "EMHistory: no epoch yet"
     assert len(history.plot().get_legend().get_texts()) == 2
     assert fitted(tmp_path)[0].stopped == "stopped by a callback"

@@ -103,6 +103,7 @@ def test_a_row_outside_the_support_is_impossible() -> None:
     ("arguments", "message"),
     [
         ({"method": "guide"}, "method='guide' is not a method"),
+        ({"method": pv.posterior.hamiltonian}, "method=hamiltonian makes chains, which have no weights"),
         ({"method": GUIDE, "num_particles": 0}, "num_particles=0 must be a whole number of at least 1"),
         ({"method": GUIDE, "num_particles": -3}, "num_particles=-3"),
         ({"num_particles": 300}, "num_particles=300: without a method the cascade chooses"),

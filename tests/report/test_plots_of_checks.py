@@ -103,7 +103,7 @@ def test_predictive_check_of_all_rows_is_a_histogram_with_a_line(ax: Axes) -> No
 def test_predictive_check_by_row_shows_intervals_and_odd_rows(ax: Axes) -> None:
     plots.predictive_check(predictive(), "by row", ax)
     assert texts(ax) == [
-        "Posterior predictive check of 2 rows: two-sided p at most 0.05 in 1",
+        "Posterior predictive check of 2 rows:\ntwo-sided p at most 0.05 in 1",
         "by row, observed (one point a row)",
         "by row, replicated (median, 95 % interval)",
     ]
@@ -116,7 +116,7 @@ def test_predictive_check_by_row_shows_intervals_and_odd_rows(ax: Axes) -> None:
     steps = np.arange(1.0, 41.0)
     assert np.allclose(segments[0][:, 1], np.quantile(steps, [0.025, 0.975]))
     assert np.allclose(segments[1][:, 1], np.quantile(10.0 * steps, [0.025, 0.975]))
-    assert legend(ax) == ["p above 0.05: 1 rows", "p at most 0.05: 1 rows", "equal"]
+    assert legend(ax) == ["p above 0.05: 1 row", "p at most 0.05: 1 row", "equal"]
 
 
 def test_an_unknown_statistic_is_refused(ax: Axes) -> None:

@@ -219,6 +219,7 @@ def test_plain_programs_are_told_what_to_draw(ax: Axes) -> None:
         (lambda: plots.traversals(vae(), torch.rand(1, 6), (2, 2)), "are no pictures of shape"),
         (lambda: plots.traversals(vae(), torch.rand(1, 6), SHAPE, num=0), "num=0 must be"),
         (lambda: plots.manifold(vae(3), SHAPE), "has 3 latent dimensions, a plane has 2"),
+        (lambda: plots.manifold(vae(1), SHAPE), "has 1 latent dimension, a plane has 2"),
         (lambda: plots.samples(vae(), SHAPE, num=0), "num=0 must be"),
     ],
 )  # fmt: skip

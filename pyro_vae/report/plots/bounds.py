@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyro_vae.learning.history import BLUE, VERMILION
-from pyro_vae.report.plots.figure import axes
+from pyro_vae.report.plots.figure import axes, counted, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 MOST_WHISKERS = 500
 """More rows than this are points alone."""
 
+STANDS_OUT = 10.0
+"""Rows that reach this many times as far as the middling one need a logarithmic axis."""
+
+CHARACTERS = 60
+"""Of a line above or below Axes of five inches."""
+
 
 def inference_gap(result: InferenceGap, ax: Axes | None = None) -> Axes:
     """Both gaps of each row in nats, stacked, rows sorted by their sum; a negative gap hangs below zero.
@@ -28,6 +35,7 @@ def inference_gap(result: InferenceGap, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: no row has a number.
     """
+    require(result, "InferenceGap", "pv.diagnostics.inference_gap")
     known = result.inference.isfinite()
     if not bool(known.any()):
         raise ValueError(f"None of the {len(result)} rows has an inference gap to draw: see the reasons in the result.")
@@ -61,13 +69,15 @@ def sandwich(box: Sandwich, ax: Axes | None = None) -> Axes:
     """Both bounds of each row in nats, relative to the row's own midpoint, against the midpoint.
 
     log p(x) itself differs by tens of nats from row to row, the bounds by hundredths: so the midpoint is taken away, and
-    what is seen is how sure the bounds are, of how many rows, and of which. The vertical axis is linear near zero and
-    logarithmic beyond. Whiskers, drawn for up to 500 rows, are one standard error of each side; where a lower bound lies
-    above zero, chance was larger than the width. Rows that lack a side are counted in the title and not drawn.
+    what is seen is how sure the bounds are, of how many rows, and of which. Where some rows reach more than ten times as
+    far as the middling one, the vertical axis is linear near zero and logarithmic beyond. Whiskers, drawn for up to 500
+    rows, are one standard error of each side; where a lower bound lies above zero, chance was larger than the width. Rows
+    that lack a side are counted in the title and not drawn.
 
     Raises:
         ValueError: no row has both sides.
     """
+    require(box, "Sandwich", "pv.evidence.sandwich")
     known = box.width.isfinite()
     if not bool(known.any()):
         raise ValueError(f"None of the {len(box)} rows has both bounds to draw.")
@@ -76,10 +86,15 @@ def sandwich(box: Sandwich, ax: Axes | None = None) -> Axes:
         value[known].cpu().numpy()
         for value in (0.5 * box.width, box.lower + 0.5 * box.width, box.lower_standard_error, box.upper_standard_error)
     )
-    reach = np.abs(half) + np.maximum(low_error, high_error)
-    # The linear part holds the middling rows, the logarithmic one those that stand out.
-    inner = float(10.0 ** np.ceil(np.log10(max(np.median(reach), 1e-9))))
-    ax.set_yscale("symlog", linthresh=inner)
+    errors = np.maximum(low_error, high_error)
+    reach = np.abs(half) + np.where(np.isfinite(errors), errors, 0.0)
+    middling, top = max(float(np.median(reach)), 1e-9), max(float(reach.max()), 1e-9)
+    if top > STANDS_OUT * middling:
+        # The linear part holds the middling rows, the logarithmic one those that stand out.
+        ax.set_yscale("symlog", linthresh=10.0 ** round(math.log10(middling)))
+        top *= 3.0  # room for the legend, as below
+    else:
+        top *= 1.3
     few = len(half) <= MOST_WHISKERS
     for name, side, error, colour, marker in (
         ("upper bound", half, high_error, VERMILION, "^"),
@@ -89,13 +104,16 @@ def sandwich(box: Sandwich, ax: Axes | None = None) -> Axes:
             ax.vlines(middle, side - error, side + error, color=colour, linewidth=0.8, alpha=0.4)
         ax.plot(middle, side, marker, color=colour, markersize=4 if few else 2, linestyle="", label=name)
     ax.axhline(0.0, color="black", linewidth=0.8)
-    top = 3.0 * max(float(reach.max()), inner)  # room for the legend
     ax.set_ylim(-top, top)
     missing = len(box) - len(half)
-    width = f"{box.mean_width:.2g} ± {box.mean_width_standard_error:.1g} nats"
-    title = f"Bounds of log p(x), {len(half)} {box.kind} rows, {box.engine}: mean width {width}"
-    ax.set_title(title + (f"\n{missing} more rows lack a side" if missing else ""), fontsize="medium")
-    told = textwrap.fill(f"({box.covers})", 70)
+    doubt = f" ± {box.mean_width_standard_error:.1g}" if len(half) > 1 else ""
+    title = [
+        f"Bounds of log p(x), {counted(len(half), f'{box.kind} row')}, {box.engine}:",
+        f"mean width {box.mean_width:.2g}{doubt} nats",
+        *([f"{counted(missing, 'more row')} without a side"] if missing else []),
+    ]
+    ax.set_title("\n".join(textwrap.fill(line, CHARACTERS) for line in title), fontsize="medium")
+    told = textwrap.fill(f"({box.covers})", CHARACTERS)
     ax.set(xlabel=f"midpoint of both bounds (nats)\n{told}", ylabel="bound - midpoint (nats)")
     ax.legend(frameon=False, loc="upper left", ncols=2)
     return ax

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_vae.learning.history import BLUE, VERMILION
-from pyro_vae.report.plots.figure import axes, curve_look
+from pyro_vae.report.plots.figure import axes, counted, curve_look, require
 from pyro_vae.report.ranks import SMALLEST
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
         result: of `diagnostics.calibration`.
         ax: where to draw.
     """
+    require(result, "Calibration", "pv.diagnostics.calibration")
     ax = axes(ax)
     points = np.concatenate([[0.0], result.expected.points.cpu().numpy(), [1.0]])
     lower, upper = (_with_ends(end.cpu().numpy()) for end in result.band)
@@ -61,7 +62,7 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
         xlabel="PIT: share of the draws below the simulated truth",
         ylabel="ECDF - uniform (probability)",
         title=f"Calibration of {result.engine}: {outside} of {len(result.names)} quantities outside,\n"
-        f"{result.expected.count:,} simulated rows, {result.num_draws:,} draws each",
+        f"{counted(result.expected.count, 'simulated row')}, {counted(result.num_draws, 'draw')} each",
     )
     ax.title.set_fontsize("medium")
     ax.legend(frameon=False, fontsize="small", ncols=2, loc="upper center")
@@ -92,6 +93,7 @@ def predictive_check(result: PosteriorPredictive, name: str | None = None, ax: A
     Raises:
         ValueError: no statistic of that name.
     """
+    require(result, "PosteriorPredictive", "pv.diagnostics.posterior_predictive")
     name = next(iter(result.observed)) if name is None else name
     if name not in result.observed:
         raise ValueError(f"name={name!r} is no statistic of this result: give one of {', '.join(result.observed)}.")
@@ -107,12 +109,12 @@ def _of_all(ax: Axes, name: str, observed: Any, replicated: Any, p: Any) -> None
     finite = replicated[np.isfinite(replicated)]
     ax.hist(
         finite, bins=min(30, max(5, len(finite) // 10)), facecolor=BLUE, edgecolor="white", linewidth=0.8,
-        label=f"{len(finite)} replications, T(x_rep)",
+        label=f"{counted(len(finite), 'replication')}, T(x_rep)",
     )  # fmt: skip
     ax.axvline(observed, color=VERMILION, linestyle="--", linewidth=2.0, label=f"observed, T(x) = {observed:.4g}")
-    ax.set_ylim(0.0, 1.25 * ax.get_ylim()[1])  # room for the legend
+    ax.set_ylim(0.0, 1.35 * ax.get_ylim()[1])  # room for the legend
     ax.set(xlabel=f"{name} of the data", ylabel="replications", title=f"Posterior predictive check: two-sided p = {p:.2g}")
-    ax.legend(frameon=False, loc="upper center", ncols=2)
+    ax.legend(frameon=False, loc="upper center")
 
 
 def _by_row(ax: Axes, name: str, observed: Any, replicated: Any, p: Any) -> None:
@@ -127,13 +129,14 @@ def _by_row(ax: Axes, name: str, observed: Any, replicated: Any, p: Any) -> None
         ax.vlines(observed[mine], low[mine], high[mine], color=colour, linewidth=0.8, alpha=0.4)
         ax.plot(
             observed[mine], middle[mine], marker, color=colour, markerfacecolor=fill, markersize=4, linestyle="",
-            label=f"{told}: {int(mine.sum())} rows",
+            label=f"{told}: {counted(int(mine.sum()), 'row')}",
         )  # fmt: skip
     ends = np.array([min(observed.min(), low.min()), max(observed.max(), high.max())])
     ax.plot(ends, ends, color="black", linestyle=":", linewidth=1.2, label="equal")
+    count = counted(len(observed), "row")
     ax.set(
         xlabel=f"{name}, observed (one point a row)",
         ylabel=f"{name}, replicated (median, 95 % interval)",
-        title=f"Posterior predictive check of {len(observed)} rows: two-sided p at most 0.05 in {int(odd.sum())}",
+        title=f"Posterior predictive check of {count}:\ntwo-sided p at most 0.05 in {int(odd.sum())}",
     )
     ax.legend(frameon=False, fontsize="small")

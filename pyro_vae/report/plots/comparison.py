@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_vae.learning.history import BLUE, VERMILION
-from pyro_vae.report.plots.figure import axes
+from pyro_vae.report.plots.figure import axes, counted, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +38,7 @@ def comparison(result: Comparison, ax: Axes | None = None, *, bits: bool = False
     Raises:
         ValueError: bits of densities.
     """
+    require(result, "Comparison", "pv.compare")
     if bits and not result.discrete:
         raise ValueError("bits=True is for discrete data, and these programs give x a density: leave it out for nats.")
     ax = axes(ax)
@@ -69,7 +70,7 @@ def comparison(result: Comparison, ax: Axes | None = None, *, bits: bool = False
     better = "bits per dimension, less is better" if bits else "nats per row, more is better"
     ax.set(
         xlabel=f"difference to the best ({better})",
-        title=f"Difference of log p(x) to the best, {int(result.common.sum())} paired rows",
+        title=f"Difference of log p(x) to the best, {counted(int(result.common.sum()), 'paired row')}",
     )
     ax.legend(facecolor="white", edgecolor="none", framealpha=0.9, loc="lower center", fontsize="small")
     return ax
@@ -119,4 +120,4 @@ def _nats_of_a_bit(result: Comparison) -> float:
 
 
 def _words(line: dict[str, Any], count: int) -> str:
-    return f"no probability in {line['impossible']} of {count} rows" if line["impossible"] else "no number"
+    return f"no probability in {line['impossible']} of {counted(count, 'row')}" if line["impossible"] else "no number"

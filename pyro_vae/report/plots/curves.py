@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_vae.learning.history import BLUE, VERMILION
-from pyro_vae.report.plots.figure import axes, looks
+from pyro_vae.report.plots.figure import axes, counted, looks, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from pyro_vae.em.record import EMHistory
     from pyro_vae.evidence.estimate import Estimate
     from pyro_vae.learning.history import History
     from pyro_vae.report.compression import RateDistortion
     from pyro_vae.report.growth import Convergence
 
 
-def learning_curve(history: History, ax: Axes | None = None) -> Axes:
-    """ELBO of a mean row, in nats, against the epoch; see `History.plot`."""
+def learning_curve(history: History | EMHistory, ax: Axes | None = None) -> Axes:
+    """ELBO of a mean row, in nats, against the epoch, or log p(x) of a fit by EM; see `History.plot`, `EMHistory.plot`."""
+    require(history, "History or EMHistory", "pv.fit or pv.em.fit")
     return history.plot(ax)
 
 
@@ -35,6 +37,7 @@ def convergence(result: Convergence, ax: Axes | None = None, *, truth: float | E
         ax: where to draw.
         truth: log p(x), mean of the same rows: a number, or an `Estimate` whose mean is drawn. A dashed line.
     """
+    require(result, "Convergence", "pv.diagnostics.convergence")
     ax = axes(ax)
     styles = looks(result.curves)
     for name, (count, log_p, error) in result.curves.items():
@@ -51,7 +54,7 @@ def convergence(result: Convergence, ax: Axes | None = None, *, truth: float | E
     ax.set(
         xlabel="particles a row, k",
         ylabel="log p-hat with k particles (nats per row)",
-        title=f"Convergence, mean of {result.num_rows} rows",
+        title=f"Convergence, mean of {counted(result.num_rows, 'row')}",
     )
     ax.legend(frameon=False, loc="lower right")
     return ax
@@ -62,6 +65,7 @@ def rate_distortion(curve: RateDistortion, ax: Axes | None = None) -> Axes:
 
     Bands are one standard error of the rate over the chains. The expected points lie on the model's curve or above it.
     """
+    require(curve, "RateDistortion", "pv.diagnostics.rate_distortion")
     ax = axes(ax)
     rate, distortion, error = (
         value.cpu().numpy() for value in (curve.mean("rate"), curve.mean("distortion"), curve.mean_standard_error("rate"))

@@ -18,7 +18,8 @@ from torch.distributions import Independent
 from pyro_vae.model import conditions
 from pyro_vae.model.vae import VAE
 from pyro_vae.parameters import evaluating
-from pyro_vae.report.plots.pictures import images, picture_size
+from pyro_vae.report.plots.figure import counted
+from pyro_vae.report.plots.pictures import images, picture_size, plane
 from pyro_vae.rows import Data, Rows, as_rows, positive
 from pyro_vae.seeds import Seed, seeded
 
@@ -94,7 +95,7 @@ def traversals(
     positive(num=num)
     rows, latent_dim = as_rows(x), vae.prior.latent_dim
     if len(rows[0]) != 1:
-        raise ValueError(f"x has {len(rows[0])} rows: give the one to begin at, x[:1].")
+        raise ValueError(f"x has {counted(len(rows[0]), 'row')}: give the one to begin at, x[:1].")
     chosen = [int(dim) for dim in (range(min(latent_dim, 10)) if dims is None else dims)]
     for dim in chosen or [-1]:
         if not 0 <= dim < latent_dim:
@@ -132,7 +133,8 @@ def manifold(vae: VAE, shape: Sequence[int], ax: Axes | None = None, *, num: int
     _require_vae(vae, "manifold")
     positive(num=num)
     if vae.prior.latent_dim != 2:
-        raise ValueError(f"This VAE has {vae.prior.latent_dim} latent dimensions, a plane has 2: draw traversals instead.")
+        dimensions = counted(vae.prior.latent_dim, "latent dimension")
+        raise ValueError(f"This VAE has {dimensions}, a plane has 2: draw traversals instead.")
     told: Rows = () if given is None else tuple(torch.as_tensor(part) for part in _tuple(given))
     conditions.check(vae, told)
     for part in told:
@@ -202,7 +204,7 @@ def _labelled(
     ax: Axes, shape: Sequence[int], columns: Sequence[str], lines: Sequence[str], xlabel: str, ylabel: str
 ) -> Axes:
     """Names of the columns and lines of a grid of pictures; of some where there are many."""
-    height, width = (size for size in shape if size > 1) if len(shape) > 2 else shape
+    height, width = plane(shape)
     ax.set_axis_on()
     for spine in ax.spines.values():
         spine.set_visible(False)

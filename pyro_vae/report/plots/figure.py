@@ -52,6 +52,21 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     return {name: mine[name] for name in [*(name for name in LOOKS if name in mine), *strange]}
 
 
+def counted(count: int, noun: str) -> str:
+    """The count and its noun: "1 row", "1,000 rows"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def require(result: object, kinds: str, maker: str) -> None:
+    """Refuse what is no result of those classes; they are named, because to import them takes seconds.
+
+    Raises:
+        TypeError: names what was given, and what makes what is needed.
+    """
+    if not {kind.__name__ for kind in type(result).__mro__} & set(kinds.split(" or ")):
+        raise TypeError(f"This figure draws the {kinds} that {maker} returns, and was given: {type(result).__name__}.")
+
+
 def axes(ax: Axes | None) -> Axes:
     """`ax`, or those of a new figure."""
     if ax is not None:

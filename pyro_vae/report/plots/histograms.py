@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_vae.report.plots.figure import axes, looks
+from pyro_vae.report.plots.figure import axes, counted, looks, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ def pareto_k(estimate: Estimate, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: no row has a k-hat.
     """
+    require(estimate, "Estimate", "pv.log_evidence")
     k = estimate.pareto_k.cpu().numpy()
     if not np.isfinite(k).any():
         raise ValueError(f"None of the {len(k)} rows has a k-hat to draw: there were no weights, or no tail in them.")
@@ -43,23 +44,23 @@ def pareto_k(estimate: Estimate, ax: Axes | None = None) -> Axes:
         counts = np.histogram(clipped[mine], edges)[0]
         ax.bar(
             edges[:-1], counts, WIDTH, base, align="edge", facecolor=look.colour, edgecolor="white", linewidth=0.8,
-            hatch=look.hatch, label=f"{name}: {mine.sum()} rows",
+            hatch=look.hatch, label=f"{name}: {counted(int(mine.sum()), 'row')}",
         )  # fmt: skip
         base += counts
     for value, dash, told in ((VARIANCE, ":", "no variance above"), (TRUST, "--", "not to be trusted above")):
         above = int((k[np.isfinite(k)] > value).sum())
-        ax.axvline(value, color="black", linestyle=dash, linewidth=1.2, label=f"{value}: {told}, {above} rows")
+        ax.axvline(value, color="black", linestyle=dash, linewidth=1.2, label=f"{value}: {told}, {counted(above, 'row')}")
     shown = np.flatnonzero(base)
     ax.set_xlim(min(edges[shown[0]], 0.0) - WIDTH, max(edges[shown[-1] + 1], TRUST + WIDTH) + WIDTH)
     ax.set_ylim(0.0, 1.4 * base.max())  # room for the legend
     none, flat = int(np.isnan(k).sum()), int(np.isneginf(k).sum())
     beyond = int((np.isfinite(k) & (clipped != k)).sum())
-    counted = ((flat, "without a tail"), (none, "without a k-hat"), (beyond, "beyond the ends, in the outermost bins"))
-    notes = [f"{count} rows {told}" for count, told in counted if count]
+    apart = ((flat, "without a tail"), (none, "without a k-hat"), (beyond, "beyond the ends, in the outermost bins"))
+    notes = [f"{counted(count, 'row')} {told}" for count, told in apart if count]
     ax.set(
         xlabel="k-hat of the weights" + (f"\n({', '.join(notes)})" if notes else ""),
         ylabel="rows",
-        title=f"k-hat of {len(k) - none - flat} rows",
+        title=f"k-hat of {counted(len(k) - none - flat, 'row')}",
     )
     ax.legend(facecolor="white", edgecolor="none", framealpha=0.9)
     return ax

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_vae.em.record import EMHistory
 from pyro_vae.learning.history import History
 from pyro_vae.report.plots.figure import axes, curve_look
 
@@ -18,7 +19,11 @@ Pair = tuple[Sequence[float], Sequence[float]]
 
 
 def nats_against_seconds(
-    curves: Mapping[str, History | Pair], ax: Axes | None = None, *, truth: float | None = None, what: str = "ELBO"
+    curves: Mapping[str, History | EMHistory | Pair],
+    ax: Axes | None = None,
+    *,
+    truth: float | None = None,
+    what: str | None = None,
 ) -> Axes:
     """What each fit had reached after how many seconds, in nats of a mean row; one curve a fit.
 
@@ -27,29 +32,42 @@ def nats_against_seconds(
 
     Args:
         curves: by name: a `History`, whose validation ELBO is drawn, or that of the training rows where there is no other;
-            or (seconds, nats), such as log p(x) after some epochs.
+            an `EMHistory`, with its log p(x) likewise; or (seconds, nats), such as log p(x) after some epochs.
         ax: where to draw.
         truth: a number to compare with, in nats a row: a dashed line.
-        what: the nats are of, such as "held-out log p(x)".
+        what: the nats are of, such as "held-out log p(x)"; None tells what is known of histories.
 
     Raises:
+        TypeError: what is no curve.
         ValueError: no curve, or one that is empty, has seconds that are not above zero, or not as many as nats.
     """
+    from matplotlib.ticker import LogFormatter
+
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"curves is {type(curves).__name__}: give curves by name, such as {{'SVI': history}}.")
     if not curves:
         raise ValueError("curves is empty: give at least one, such as {'SVI': history}.")
     drawn = {name: _points(name, curve) for name, curve in curves.items()}
+    kinds = {name: _kind(curve) for name, curve in curves.items()} if what is None else {}
+    several = len(set(kinds.values())) > 1  # then the legend tells each
+    if kinds and all(kinds.values()):
+        what = " and ".join(dict.fromkeys(kinds.values()))
     ax = axes(ax)
     for number, (name, (seconds, nats)) in enumerate(drawn.items()):
         look = curve_look(number)
+        told = f"{name}, {kinds[name]}" if several and kinds[name] else name
         ax.plot(
             seconds, nats, color=look.colour, linestyle=look.dash, marker=look.marker, markersize=4,
-            markevery=max(1, len(nats) // 8), label=f"{name}: {nats[-1]:.2f} after {seconds[-1]:.3g} s",
+            markevery=max(1, len(nats) // 8), label=f"{told}: {nats[-1]:.2f} after {seconds[-1]:.3g} s",
         )  # fmt: skip
     if truth is not None:
         ax.axhline(truth, color="black", linestyle=(0, (4, 2)), linewidth=1.0, label=f"to compare with: {truth:.2f}")
     _leave_out_the_start(ax, [nats for _, nats in drawn.values()], truth)
     ax.set_xscale("log")
-    ax.set(xlabel="wall-clock time (s)", ylabel=f"{what} (nats per row)", title=f"{what} against seconds")
+    for choose in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        choose(LogFormatter(labelOnlyBase=False))  # "20", which is short enough not to touch its neighbour
+    ax.set(xlabel="wall-clock time (s)", ylabel=f"{what} (nats per row)" if what else "nats per row")
+    ax.set_title(f"{what or 'Nats'} against seconds")
     ax.legend(facecolor="white", edgecolor="none", framealpha=0.9, fontsize="small")
     return ax
 
@@ -64,9 +82,20 @@ def _leave_out_the_start(ax: Axes, curves: Sequence[Any], truth: float | None) -
         ax.set_ylim(low - room, high + room)
 
 
-def _points(name: str, curve: History | Pair) -> tuple[Any, Any]:
+def _kind(curve: object) -> str:
+    """What the nats of a history are; "" for pairs."""
+    return "ELBO" if isinstance(curve, History) else "log p(x)" if isinstance(curve, EMHistory) else ""
+
+
+def _points(name: str, curve: History | EMHistory | Pair) -> tuple[Any, Any]:
     """Seconds and nats of a curve, as arrays of as many numbers."""
-    pair = (curve.seconds, curve.valid_elbo or curve.elbo) if isinstance(curve, History) else curve
+    pair: Any = curve
+    if isinstance(curve, History):
+        pair = curve.seconds, curve.valid_elbo or curve.elbo
+    elif isinstance(curve, EMHistory):
+        pair = curve.seconds, curve.valid_log_p or curve.log_p
+    if not hasattr(pair, "__len__") or len(pair) != 2:
+        raise TypeError(f"curves[{name!r}] is {type(pair).__name__}: give a History, an EMHistory or (seconds, nats).")
     seconds, nats = (np.asarray(part, dtype=float) for part in pair)
     if seconds.ndim != 1 or seconds.shape != nats.shape or not len(seconds):
         raise ValueError(
