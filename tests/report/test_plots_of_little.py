@@ -151,17 +151,30 @@ def test_a_latent_space_that_does_not_match_is_refused(ax: Axes, means: Any, lab
         plots.latent_space(means, labels, ax)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_legend_of_the_usage_lies_above_the_bars(ax: Axes, count: int) -> None:
+def usage(count: int, height: float = 1.0) -> LatentUsage:
     names, rows = tuple(f"z[{i}]" for i in range(count)), torch.ones(5).double()
-    kl, flat = torch.ones(count).double(), torch.eye(count).double()
+    kl, flat = torch.full((count,), height).double(), torch.eye(count).double()
     aggregate = Aggregate(rows, rows, rows, kl, flat, kl, flat, names)
     activity = torch.tensor([0.9, 0.0, 0.9][:count]).double()
-    plots.latent_usage(LatentUsage(names, torch.arange(count), kl, 0.0 * kl, rows, rows, activity, aggregate, 1.0), ax)
+    return LatentUsage(names, torch.arange(count), kl, 0.0 * kl, rows, rows, activity, aggregate, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_legend_of_the_usage_lies_above_the_bars(ax: Axes, count: int) -> None:
+    plots.latent_usage(usage(count), ax)
     ax.figure.canvas.draw()
     bottom = ax.get_legend().get_window_extent().y0
     assert bottom > max(bar.get_window_extent().y1 for bar in ax.patches)
+    assert ax.get_ylim()[0] == 0.0
     assert legend(ax)[0] == ("active: 1 of 1 dimension" if count == 1 else f"active: {count - 1} of {count} dimensions")
+
+
+def test_axes_that_share_a_scale_show_the_bars_of_both() -> None:
+    shared = plt.subplots(1, 2, sharey=True)[1]
+    for ax, height in zip(shared, (0.001, 3.0), strict=True):
+        plots.latent_usage(usage(2, height), ax)
+    assert shared[0].get_ylim()[1] > 3.0
+    plt.close("all")
 
 
 def box(half: list[float], kind: str = "simulated") -> Sandwich:

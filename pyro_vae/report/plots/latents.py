@@ -101,7 +101,6 @@ def latent_usage(result: LatentUsage, ax: Axes | None = None) -> Axes:
     total = f"{result.mean_kl.value:.4g} nats"
     what = "dimension" if len(kl) == len(result.part) else "part"
     ax.set(xlabel=f"latent {what}", ylabel="KL (nats per row)", title=f"KL(q(z | x) || p(z)) by {what}: {total} in all")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+    ax.margins(y=0.3)  # room for the legend, which limits that are set would leave to no other Axes that shares them
     ax.legend(frameon=False, loc="upper right")
     return ax

@@ -18,7 +18,7 @@ from pyro_vae.rows import positive
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CLIPPED = 0.5
+CLIPPED = 5.0
 """Grey levels at most this far outside of 0 to 1 are clipped."""
 
 
