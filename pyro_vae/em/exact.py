@@ -70,7 +70,7 @@ def ppca(
         ArithmeticError: an iteration lost log-likelihood.
 
     Warns:
-        UserWarning: EM ended at `max_iterations`; a column is constant.
+        UserWarning: EM ended at `max_iterations`, or at a saddle point, which complete rows show; a column is constant.
 
     Examples:
         >>> import torch
