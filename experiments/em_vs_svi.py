@@ -106,7 +106,7 @@ def by_gradient(objective: Callable[[], Any]) -> Fit:
 
 METHODS: dict[str, Fit] = {
     "EM, Hamiltonian E-step": by_em(CHAINS, 16),
-    "EM, Laplace E-step": by_em(pv.posterior.Laplace(num_starts=2), 16),
+    "EM, Laplace E-step": by_em(pv.em.monte_carlo.WARM, 16),
     "SVI": by_gradient(pv.objectives.ELBO),
     "IWAE, 8 particles": by_gradient(lambda: pv.objectives.IWAE(8)),
 }
