@@ -32,6 +32,9 @@ _joins = itertools.count()
 _PATIENCE = datetime.timedelta(days=7)
 """How long a rank waits for one that works. One that has ended closes its connections, and is not waited for."""
 
+_MEETINGS = 10
+"""How often a rank goes to a meeting point that is closed on it."""
+
 _GONE = re.compile("closed|reset by peer|broken pipe|timed out|timeout|remote process exited", re.IGNORECASE)
 """What gloo, NCCL and sockets say where another rank has ended; all else (memory, dtypes) is an error of this one."""
 
@@ -174,18 +177,13 @@ def joined(device: torch.device | None = None) -> Iterator[Team]:
 
     # Whoever first imports it while there is a group (optimisers do) keeps that group open to the end of the process.
     import torch.distributed.nn.functional
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
     device = device or torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     ours = not dist.is_initialized()
     try:
         if ours:
-            # A prefix of its own, or a second group under torchrun would read the addresses of the first.
-            store, _, _ = next(rendezvous("env://", here.rank, here.size))
-            store = PrefixStore(f"pyro_vae/{next(_joins)}", store)
-            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=_PATIENCE)
+            _connect(backend, here)
             team = Team(here.rank, here.size, dist.group.WORLD, device)
         else:
             team = Team(here.rank, here.size, dist.new_group(backend=backend, timeout=_PATIENCE), device)
@@ -198,6 +196,31 @@ def joined(device: torch.device | None = None) -> Iterator[Team]:
         group, team._group = team._group, None
         dist.destroy_process_group(None if ours else group)
         del group
+
+
+def _connect(backend: str, here: Place) -> None:
+    """A process group of the whole job.
+
+    Without torchrun each group has a meeting point that rank 0 opens and closes. A rank that comes to the next group before
+    rank 0 has left the last one meets nobody there, and is cut off when that is closed: it tries again.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    # A prefix of its own, or a second group under torchrun would read the addresses of the first.
+    prefix = f"pyro_vae/{next(_joins)}"
+    for left in reversed(range(_MEETINGS)):
+        store = PrefixStore(prefix, next(rendezvous("env://", here.rank, here.size))[0])
+        try:
+            if here.rank == 0:
+                store.set("open", "yes")
+            store.wait(["open"], _PATIENCE)
+            break
+        except dist.DistNetworkError:
+            if left == 0:
+                raise
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=_PATIENCE)
 
 
 @contextmanager

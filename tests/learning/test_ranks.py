@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,11 @@ def rank(folder: Path) -> None:
     """All that one of two ranks does."""
     torch.set_num_threads(1)
     me, found = int(os.environ["RANK"]), {}
+    if me == 0:  # what is left of an earlier group, which the other rank comes upon first, is closed on it
+        port = int(os.environ["MASTER_PORT"])
+        old = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+        time.sleep(2.0)
+        del old
     with joined() as team:
         found["gradients"] = gradients(team)
         found["level"] = levelled(team)
