@@ -211,8 +211,8 @@ def _connect(backend: str, here: Place) -> None:
     # A prefix of its own, or a second group under torchrun would read the addresses of the first.
     prefix = f"pyro_vae/{next(_joins)}"
     for left in reversed(range(_MEETINGS)):
-        store = PrefixStore(prefix, next(rendezvous("env://", here.rank, here.size))[0])
         try:
+            store = PrefixStore(prefix, next(rendezvous("env://", here.rank, here.size))[0])
             if here.rank == 0:
                 store.set("open", "yes")
             store.wait(["open"], _PATIENCE)
