@@ -204,7 +204,7 @@ def _run(
 
 
 def _closed_form(covariance: Tensor, latent_dim: int) -> tuple[State, float]:
-    """The maximum of probabilistic PCA, and the mean log-likelihood of a row there (Tipping & Bishop 1999, eq. 7-8, 15).
+    """The maximum of probabilistic PCA, and a row's mean log-likelihood there (Tipping & Bishop 1999, eq. 4, 7-8), in nats.
 
     From the eigenvalues: no difference of large numbers, however small the noise.
     """

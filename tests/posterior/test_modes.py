@@ -79,6 +79,27 @@ def test_further_starts_serve_rows_whose_first_ones_disagree(num_rows: int, unli
     assert searched == num_rows or (cost[:searched].min() > cost[searched:].max())
 
 
+def test_more_modes_ask_for_more_starts() -> None:
+    """Modes at (+-sqrt(x_1), +-sqrt(x_2)): three of them found by 20 starts ask for more, by which the fourth is found."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.square(), 0.3).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.sqrt(), 0.1).to_event(1))
+
+    x = torch.tensor([[3.0, 4.0], [4.5, 3.5]], dtype=torch.float64)
+    signs = torch.tensor([[1, 1], [1, -1], [1, 1], [-1, 1]] * 5 + [[-1, -1]] * 17, dtype=torch.float64)
+    starts, least = 1.9 * signs[:, None].expand(-1, 2, -1), torch.tensor(0.0625, dtype=torch.float64)
+    for count, found in ((4, 3), (20, 3), (37, 4)):
+        modes, _ = find_modes(pv.Program(model, guide), (x,), starts[:count], least=least, first=4)
+        assert torch.bincount(modes.row).tolist() == [found] * 2
+    assert torch.bincount(modes.row, modes.visits).tolist() == [36.0] * 2  # after 36 starts 6 x (4 + 1) are enough
+
+
 @pytest.mark.parametrize("latent_dim", [1, 2])
 def test_one_row_is_judged_as_well_as_many(latent_dim: int) -> None:
     """A median of four numbers may be next to nothing: no width may hang on it."""
